@@ -15,7 +15,7 @@ from tiny_backbones import save, save_tokenizer
 
 from twotower import GenericTwoTowerConfig, TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
-from twotower.errors import ConfigError
+from twotower.errors import ArgumentError, ConfigError
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
@@ -112,3 +112,65 @@ def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
         refused = cli(*map(str, (*command[:2], "-o", tmp_path / "other", *command[4:], option)))
         assert refused.code == 2
         assert f"is adapters on the context tower, which is not trained; leave out {option}" in refused.err
+
+
+def test_init_and_info_describe_adapters(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
+    source, two = made
+    done = cli("init", "--from", source, "-o", two.parent / "other", "--denoiser-lora", "4", "--mask-token", "3")
+    assert done.code == 0, done.err
+    assert "one tower of" in done.out
+    assert "adapters of rank 4" in done.out
+    assert "two towers" not in done.out
+    page = cli("info", two)
+    assert page.code == 0, page.err
+    assert "one network in memory" in page.out
+    assert "two devices" not in page.out
+    facts = json.loads(cli("info", two, "--json").out)
+    model = TwoTowerForCausalLM.from_pretrained(two, dtype=torch.float32)
+    own = [p for name, p in model.named_parameters() if ".adapter." in name or "mask_embedding" in name]
+    adapters = facts["adapters"]
+    assert (adapters["rank"], adapters["parameters"]) == (4, sum(p.numel() for p in own))
+    assert adapters["bytes"]["float32"] == sum(p.nbytes for p in own) == facts["memory"]["float32"]["denoiser"]
+    assert facts["parameters"]["both_towers"] == facts["parameters"]["per_tower"] + adapters["parameters"]
+    active = facts["parameters"]["active"] if model.spec.tied_head else facts["parameters"]["active_without_embedding"]
+    assert adapters["read_bytes"]["float32"] == 4 * active + adapters["bytes"]["float32"]
+
+
+def test_longrope_is_refused(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    save("phi3:longrope", tmp_path / "source")
+    done = cli(
+        "init", "--from", tmp_path / "source", "-o", tmp_path / "two", "--denoiser-lora", "4", "--mask-token", "3"
+    )
+    assert done.code == 2
+    assert "adapters are not supported with LongRoPE" in done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("mode", ["verified", "diffusion"])
+def test_generate_watches_and_traces(made: tuple[Path, Path], cli: Callable[..., Result], mode: str) -> None:
+    _, two = made
+    save_tokenizer(two)
+    picture = two.parent / "trace.svg"
+    asked = ["generate", "-m", two, "a b c", "--mode", mode, "-n", "8", "--watch", "--trace", picture]
+    done = cli(*asked, "--policy-value", "0.01") if mode == "diffusion" else cli(*asked)
+    assert done.code == 0, done.err
+    assert "block  1" in done.err
+    assert "denoiser and" not in done.err
+    assert picture.stat().st_size
+
+
+def test_two_devices_are_refused(made: tuple[Path, Path]) -> None:
+    _, two = made
+    with pytest.raises(ArgumentError, match=r"denoiser device is meta and context device cpu, .* give one device"):
+        TwoTowerForCausalLM.from_pretrained(two, denoiser_device="meta")
+    model = TwoTowerForCausalLM.from_pretrained(two)
+    with pytest.raises(ArgumentError, match="give one device"):
+        model.place_towers_on_devices("cpu", "meta")
+    assert model.place_towers_on_devices("cpu", "cpu") is model
+
+
+def test_a_plan_of_adapters_is_refused(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
+    done = cli("train", made[1], "--plan")
+    assert done.code == 2
+    assert "--plan computes memory and hours of a denoiser tower only" in done.err

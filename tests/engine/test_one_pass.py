@@ -10,11 +10,13 @@ import torch
 from tiny_backbones import slow_but, two_tower
 
 from twotower import TwoTowerForCausalLM
-from twotower.decoding.output import Generation
+from twotower.decoding.output import Generation, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.engine import context_step, one_pass
 from twotower.engine.generation import generate
+from twotower.engine.llm import LLM
 from twotower.engine.scheduled import ScheduledTokens
+from twotower.engine.sequence import Request
 
 NAMES = slow_but(("nemotron_h", "llama", "gemma2", "qwen3_next"))
 PROMPTS = [[5], [6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21] * 9]
@@ -113,3 +115,38 @@ def test_diffusion_is_that_of_a_loop_without_a_state(name: str, width: int) -> N
     found = run(model, mode="diffusion", confidence_threshold=0.1, block_size=width)
     assert tokens(found) == [naive_diffusion(model, prompt, width, 0.1) for prompt in PROMPTS]
     assert width == 1 or sum(row.context_passes for row in found) < sum(len(row.tokens) for row in found)
+
+
+@pytest.mark.parametrize("mode", ["verified", "diffusion"])
+def test_a_watched_request_shows_the_draft_of_each_pass(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    monkeypatch.setattr(one_pass, "DRAFT_CONFIDENCE", 0.02)
+    params = GenerationParams.of(
+        mode=mode, max_new_tokens=NEW, eos_token_id=EOS, block_size=6, confidence_threshold=0.02,
+        **({"draft_steps": 1} if mode == "verified" else {}),
+    )  # fmt: skip
+    engine = LLM(model, rows=2, length=64, block_size=6)
+    (alone,) = engine.generate([Request(PROMPTS[2], params)])
+    text: list[int] = []
+    shown: list[StepEvent] = []
+    drafts = 0
+    for event in engine.stream(Request(PROMPTS[2], params, watched=True)):
+        if isinstance(event, StepEvent):
+            shown.append(event)
+            assert event.start == len(text) - (mode == "verified")
+            assert len(event.tokens) == len(event.masked) == len(event.confidence) <= 6
+            assert not event.masked[0]
+            assert mode == "diffusion" or event.tokens[0] == text[-1]
+            continue
+        text += event.tokens
+        if not shown:
+            continue
+        known = shown[-1].tokens[: shown[-1].masked.count(False)]
+        if mode == "diffusion":
+            assert event.tokens == known[: len(event.tokens)]
+        else:
+            assert list(event.draft) == known[1 : 1 + len(event.draft)]
+        drafts += len(known) > 1
+        shown.clear()
+    assert text == alone.tokens
+    assert drafts

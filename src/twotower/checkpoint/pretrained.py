@@ -31,7 +31,7 @@ from twotower.config import (
     errors_of,
 )
 from twotower.errors import ArgumentError, CheckpointError
-from twotower.model.towers import TowerSet, TwoTowerModel
+from twotower.model.towers import TowerSet, TwoTowerModel, check_one_device
 from twotower.quantization import INT8_ACTIVATIONS, QuantizationPlan
 from twotower.tokenizer import Tokenizer
 
@@ -70,6 +70,8 @@ def from_pretrained(
         )
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
+    if config.adapters is not None and asked.towers == "both":
+        check_one_device(asked.devices["context"], asked.devices["denoiser"])
     stored = stored_plan(config, directory / "config.json")
     with torch.device("meta"), errors_of(directory / "config.json"):
         model = build(config, asked.towers)

@@ -289,6 +289,7 @@ def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) 
         model.config.mask_token,
         view,
         known_positions=int(options.mode == "verified"),
+        one_pass=model.has_adapters,
     )
 
 
@@ -302,7 +303,7 @@ def _stream(
     silent: bool,
 ) -> Generation:
     """Runs to the end, and writes text when its block is final."""
-    events = model.stream(prompt, mode, step_callback=watcher.on_pass if watcher else None, **parameters)
+    events = model.stream(prompt, mode, step_callback=watcher.callback if watcher else None, **parameters)
     if watcher is None:
         return _write(events, silent)
     with watcher:
@@ -329,7 +330,8 @@ def statistics(result: Generation, seed: int | None = None) -> str:
     """One line with the figures of a run."""
     passes = f"{result.passes} passes"
     if result.mode == "verified":
-        passes = f"{result.denoiser_passes} denoiser and {result.context_passes} context passes"
+        if result.denoiser_passes:  # with adapters, a pass is of both kinds
+            passes = f"{result.denoiser_passes} denoiser and {result.context_passes} context passes"
         passes += f", {result.accepted} drafted tokens accepted"
     parts = [
         result.mode,

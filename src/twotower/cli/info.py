@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from twotower.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, StoredWeights
+    from twotower.cli.info_facts import AdapterFacts, Facts, ParameterCounts, StateSizes, StoredWeights
     from twotower.modeling_twotower import TwoTowerForCausalLM
     from twotower.specs import TowerSpec
 
@@ -80,18 +81,21 @@ def describe(path: Path) -> Facts:
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"{path}: dtype is {dtype!r}, which torch does not have; correct it in the config")
     computes_in = _computes_in(model, dtype)
+    models_by_dtype = {name: (model, name) for name in DTYPES} | {
+        name: (each, "bfloat16") for name, each in quantized.items()
+    }
     tokenizer, problem = read_tokenizer(directory)
     return {
         "path": str(path),
         "architectures": config.architectures,
         "dtype": dtype,
         "pattern": model.spec.pattern,
+        "adapters": _adapters(model, models_by_dtype),
         "backbone": backbone_facts(config, model.spec),
         "layers": _layers(model.spec),
         "shape": _shape(model.spec),
         "parameters": _parameters(model),
-        "memory": {name: _memory(model, name) for name in DTYPES}
-        | {name: _memory(each, "bfloat16") for name, each in quantized.items()},
+        "memory": {name: _memory(*each) for name, each in models_by_dtype.items()},
         "computes_in": computes_in,
         "state": _state(model.spec, list(computes_in.values())[-1]),
         "backends": _backends(model, computes_in),
@@ -154,8 +158,8 @@ def _parameters(model: TwoTowerForCausalLM) -> ParameterCounts:
 
     spec, moe_spec = model.spec, model.spec.moe
     layers = list(model.context.all_layers())
-    total = _count(model.context)
-    moe = sum(_count(layer) for layer in layers if layer.kind == "E")
+    total = _count(model.context, adapters=False)
+    moe = sum(_count(layer, adapters=False) for layer in layers if layer.kind == "E")
     routed = sum(_count(layer.mixer.experts) for layer in layers if isinstance(layer.mixer, MoE))
     active = total - routed + (0 if moe_spec is None else routed * moe_spec.top_k // moe_spec.experts)
     table = _count(model.context.embeddings)
@@ -170,25 +174,64 @@ def _parameters(model: TwoTowerForCausalLM) -> ParameterCounts:
     }
 
 
-def _count(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
+def _count(module: nn.Module, adapters: bool = True) -> int:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return sum(tensor.numel() for name, tensor in named if adapters or not _of_adapters(name))
+
+
+def _of_adapters(name: str) -> bool:
+    return "adapter." in name or "mask_embedding." in name
 
 
 def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
-    """Bytes of weights; weights that are not quantized are in `dtype`. Time conditioning counts to the denoiser."""
-    import torch
-
-    from twotower.model.fp32_tensors import target_dtype
-
+    """Bytes of weights; weights that are not quantized are in `dtype`. Time conditioning and adapters count to the
+    denoiser."""
     context = denoiser = 0
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        kept = target_dtype(name, getattr(torch, dtype)) if tensor.is_floating_point() else tensor.dtype
-        size = tensor.numel() * kept.itemsize
-        if name.startswith("context."):
+    for name, size in _sizes(model, dtype):
+        if name.startswith("context.") and not _of_adapters(name):
             context += size
         else:
             denoiser += size
     return {"context": context, "denoiser": denoiser, "both": context + denoiser}
+
+
+def _sizes(module: nn.Module, dtype: str) -> Iterator[tuple[str, int]]:
+    """Names and bytes of tensors, of which those that are not quantized are in `dtype`."""
+    import torch
+
+    from twotower.model.fp32_tensors import target_dtype
+
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        kept = target_dtype(name, getattr(torch, dtype)) if tensor.is_floating_point() else tensor.dtype
+        yield name, tensor.numel() * kept.itemsize
+
+
+def _adapters(
+    model: TwoTowerForCausalLM, models_by_dtype: dict[str, tuple[TwoTowerForCausalLM, str]]
+) -> AdapterFacts | None:
+    if (adapters := model.config.adapters) is None:
+        return None
+    return {
+        "rank": adapters.rank,
+        "parameters": sum(tensor.numel() for name, tensor in model.named_parameters() if _of_adapters(name)),
+        "bytes": {name: _memory(*each)["denoiser"] for name, each in models_by_dtype.items()},
+        "read_bytes": {name: _read_bytes(*each) for name, each in models_by_dtype.items()},
+    }
+
+
+def _read_bytes(model: TwoTowerForCausalLM, dtype: str) -> int:
+    """Bytes of weights that a pass over one token reads: one row of the embedding, and the experts it selects."""
+    from twotower.model.moe import MoE
+
+    def size_of(module: nn.Module) -> int:
+        return sum(size for _, size in _sizes(module, dtype))
+
+    table = size_of(model.context.embeddings)
+    size = size_of(model.context) - (0 if model.spec.tied_head else table - table // model.spec.vocab_size)
+    if (moe := model.spec.moe) is None:
+        return size
+    routed = sum(size_of(layer.mixer.experts) for layer in model.context.all_layers() if isinstance(layer.mixer, MoE))
+    return size - routed + routed * moe.top_k // moe.experts
 
 
 def _state(spec: TowerSpec, dtype: str) -> StateSizes:

@@ -79,11 +79,25 @@ class BackboneFacts(TypedDict):
     options: list[str]
 
 
+class AdapterFacts(TypedDict):
+    """Adapters on the context tower, which are the denoiser; bytes by dtype.
+
+    read_bytes: of the weights of the network and its adapters that a pass over one token reads. A pass over more tokens
+    can read more experts.
+    """
+
+    rank: int
+    parameters: int
+    bytes: dict[str, int]
+    read_bytes: dict[str, int]
+
+
 class Facts(TypedDict):
     """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
     device."""
 
     path: str
+    adapters: AdapterFacts | None
     backbone: BackboneFacts
     architectures: list[str] | None
     dtype: str

@@ -12,6 +12,7 @@ from twotower.byte_units import format_bytes, unit_of
 
 if TYPE_CHECKING:
     from twotower.cli.info_facts import (
+        AdapterFacts,
         BackboneFacts,
         Facts,
         GenerationFacts,
@@ -42,9 +43,11 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     yield "layers", [f"{len(facts['pattern'])}: {layers}", format_pattern(facts["pattern"])]
     yield "backbone", list(_backbone(facts["backbone"]))
     yield "shape", list(_shape(facts["shape"]))
-    yield "parameters", list(_parameters(facts["parameters"]))
-    yield "weights in", list(_memory(facts["memory"]))
-    yield "state", list(_state(facts["state"]))
+    yield "parameters", list(_parameters(facts["parameters"], facts["adapters"]))
+    if facts["adapters"] is not None:
+        yield "denoiser", list(_adapters(facts["adapters"]))
+    yield "weights in", list(_memory(facts["memory"], facts["adapters"]))
+    yield "state", list(_state(facts["state"], facts["adapters"] is None))
     for device, rows in facts["backends"].items():
         yield (
             f"{device} {_SHORT.get(facts['computes_in'][device], facts['computes_in'][device])}",
@@ -93,11 +96,17 @@ def _shape(shape: dict[str, int]) -> Iterator[str]:
         yield f"MLP: width {shape['intermediate_size']}"
 
 
-def _parameters(count: ParameterCounts) -> Iterator[str]:
-    yield (
-        f"{format_count(count['per_tower'])} per tower; {format_count(count['both_towers'])} in all, "
-        f"of which time conditioning {format_count(count['time_conditioning'])}"
-    )
+def _parameters(count: ParameterCounts, adapters: AdapterFacts | None) -> Iterator[str]:
+    if adapters is None:
+        yield (
+            f"{format_count(count['per_tower'])} per tower; {format_count(count['both_towers'])} in all, "
+            f"of which time conditioning {format_count(count['time_conditioning'])}"
+        )
+    else:
+        yield (
+            f"{format_count(count['per_tower'])} of the context tower; {format_count(count['both_towers'])} in all, "
+            f"of which adapters {format_count(adapters['parameters'])}"
+        )
     yield f"{format_count(count['active'])} active per token (without routed experts that the token does not select)"
     yield f"{format_count(count['active_without_embedding'])} of them read (only one row of the embedding)"
     if count["moe_share"]:
@@ -106,29 +115,44 @@ def _parameters(count: ParameterCounts) -> Iterator[str]:
         )
 
 
-def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
+def _adapters(adapters: AdapterFacts) -> Iterator[str]:
+    yield (
+        f"adapters of rank {adapters['rank']} on the context tower: {format_count(adapters['parameters'])} parameters; "
+        "one network in memory"
+    )
+    yield "a pass checks a draft and makes the next (docs/decoding.md)"
+
+
+def _memory(memory: dict[str, dict[str, int]], adapters: AdapterFacts | None) -> Iterator[str]:
     sizes = list(memory.values())
     unit, divisor = unit_of(max(size["both"] for size in sizes))
     yield f"{unit:<34}" + "".join(f"{_SHORT.get(name, name):>10}" for name in memory)
-    rows = {
-        "both towers on one device": [f"{size['both'] / divisor:.1f}" for size in sizes],
-        "two devices: context": [f"{size['context'] / divisor:.1f}" for size in sizes],
-        "             denoiser": [f"{size['denoiser'] / divisor:.1f}" for size in sizes],
-        "context tower alone (--mode ar)": [f"{size['context'] / divisor:.1f}" for size in sizes],
+    named = {
+        "both towers on one device": "both",
+        "two devices: context": "context",
+        "             denoiser": "denoiser",
+        "context tower alone (--mode ar)": "context",
     }
+    if adapters is not None:
+        named = {"context tower and adapters": "both", "context tower alone (--mode ar)": "context"}
+    rows = {name: [f"{size[part] / divisor:.1f}" for size in sizes] for name, part in named.items()}
+    if adapters is not None:
+        rows["adapters"] = [f"{size / divisor:.1f}" for size in adapters["bytes"].values()]
+        rows["read by a pass of one token"] = [f"{size / divisor:.1f}" for size in adapters["read_bytes"].values()]
     for name, cells in rows.items():
         yield f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells)
     yield "int8, int4: with --quantization; weights that are not quantized in bf16"
 
 
-def _state(state: StateSizes) -> Iterator[str]:
+def _state(state: StateSizes, two_towers: bool) -> Iterator[str]:
     yield (
         f"{format_bytes(state['per_token'])} per token (K/V), {format_bytes(state['per_row'])} per sequence "
         f"(convolution and SSM), in {_SHORT.get(state['dtype'], state['dtype'])}"
     )
     if state["windows"]:
         yield f"at most {format_bytes(state['windows'])} more for a sequence in the layers with a window"
-    yield f"{format_bytes(state['full_context'])} for a sequence that fills the context; two devices have a copy each"
+    copies = "; two devices have a copy each" if two_towers else ""
+    yield f"{format_bytes(state['full_context'])} for a sequence that fills the context{copies}"
 
 
 def _weights(weights: StoredWeights) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`twotower init`: converts a one-tower checkpoint to a two-tower checkpoint, from which training starts."""
+"""`twotower init`: converts a one-tower checkpoint to a checkpoint with a denoiser, from which training starts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def init(
 
     The source is a checkpoint of a supported family: Nemotron-H, Llama, Qwen and others. Both towers
     start as copies of the source. The time conditioning starts as the identity, so the untrained denoiser
-    computes what the source computes. Tensors are copied one at a time, so a model of any size needs little memory.
+    computes what the source computes. With --denoiser-lora there is no second tower: the denoiser is the source itself
+    with low-rank adapters, which start without an effect. Tensors are copied one at a time, so a model of any size
+    needs little memory.
 
     A mask stands for a token that is not known yet. The mask token must be one that no text contains. The command
     prints its choice and the reason, and config.json keeps it.

@@ -38,7 +38,7 @@ Line = list[Cell]
 def picture_lines(blocks: Sequence[Sequence[Frame]], names: TokenNames) -> list[Line]:
     """The lines of the picture: a table for each block, then the legend."""
     lines: list[Line] = []
-    for alone, group in groupby(blocks, key=lambda frames: frames[-1].verified and frames[-1].passes == 1):
+    for alone, group in groupby(blocks, key=_without_draft):
         for frames in [merge_rounds(list(group))] if alone else group:
             lines += [[Cell(block_title(frames), bold=True)], *block_lines(frames, names), []]
     return [*lines, legend()]
@@ -58,6 +58,12 @@ def merge_rounds(blocks: Sequence[Sequence[Frame]]) -> list[Frame]:
     ]
 
 
+def _without_draft(frames: Sequence[Frame]) -> bool:
+    """Whether these are the frames of a round of verified decoding without a draft."""
+    last = frames[-1]
+    return last.verified and last.passes == 1 and not any(token is not None for token in frames[0].tokens)
+
+
 def block_title(frames: Sequence[Frame]) -> str:
     """Title of a block, or of a round of verified decoding."""
     last = frames[-1]
@@ -65,12 +71,12 @@ def block_title(frames: Sequence[Frame]) -> str:
     if not last.verified:
         cut = f" (of {last.size} positions; the text ends here)" if count < last.size else ""
         return f"block {number}: {count} tokens in {last.passes} passes{cut}"
-    if last.passes == 1:
+    if len(frames) == 1 or _without_draft(frames):
         which = f"round {number}: 1 token" if count == 1 else f"rounds {number} to {number + count - 1}: {count} tokens"
         return f"{which} of the context tower"
     drafted = len(frames[-2].tokens)
     kept = sum(a == b for a, b in zip(last.tokens, frames[-2].tokens, strict=False))
-    passes = f"{last.passes - 1} denoiser and 1 context passes"
+    passes = f"{last.passes - 1} denoiser and 1 context passes" if last.passes > 1 else "1 pass"
     return f"round {number}: {count} tokens in {passes}, {kept} of {drafted} drafted tokens accepted"
 
 

@@ -271,7 +271,13 @@ def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str,
         shared["dtype"] = options["dtype"]
     if _is_given("batch_size"):  # the default is one micro-batch on each GPU
         shared["batch_size"] = options["batch_size"]
-    plan = plan_from(TwoTowerConfig.read(Path(source)), {**figures, **shared})
+    config = TwoTowerConfig.read(Path(source))
+    if config.adapters is not None:
+        raise ArgumentError(
+            f"{source}: its denoiser is adapters, and --plan computes memory and hours of a denoiser tower only; give "
+            "--plan a checkpoint without adapters"
+        )
+    plan = plan_from(config, {**figures, **shared})
     click.echo(to_json(plan.to_dict()) if as_json else render(plan))
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from twotower.decoding.output import BlockEvent
+    from twotower.engine.denoiser_step import StepCallback
     from twotower.tokenizer import Tokenizer
 
 FRAME_SECONDS = 0.09  # the shortest time of a frame on a terminal, so that it can be seen
@@ -33,7 +34,7 @@ MASK_PLAIN = "░"
 
 @dataclass(frozen=True)
 class Frame:
-    """A block after `passes` passes; with 0 passes, all positions are masked.
+    """A block after `passes` passes; with 0 passes, all positions are masked, or drafted by the pass before (adapters).
 
     tokens: None for a masked position; the last frame of a block has only tokens of the text. fresh: committed by the
     last pass. confidence: at the commit, or of the best candidate so far; None before the first pass. total_passes,
@@ -98,13 +99,17 @@ class Watcher:
     """Records row 0 of a run: pass `on_pass` as step callback, and iterate over `watch(events)`.
 
     known_positions: number of leading positions of every block that are text already (1 in verified decoding).
+    one_pass: the denoiser is adapters. There are no calls of `on_pass` then; the events alone show the drafts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, mask_token: int, view: View, known_positions: int = 0) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, mask_token: int, view: View, known_positions: int = 0, one_pass: bool = False
+    ) -> None:
         self.names = TokenNames(tokenizer)
         self.mask_token = mask_token
         self.view = view
         self.known_positions = known_positions
+        self.one_pass = one_pass
         self.blocks: list[list[Frame]] = []
         self._block_open = False  # whether the event of the last block is still to come
         self._logits: Tensor | None = None  # of the last pass, whose commits come with the next call
@@ -117,6 +122,11 @@ class Watcher:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.view.close(interrupted=kind is not None)
+
+    @property
+    def callback(self) -> StepCallback | None:
+        """The step callback of the run."""
+        return None if self.one_pass else self.on_pass
 
     def on_pass(self, step: int, steps: int, block: Tensor, *, t: float, logits: Tensor | None, block_idx: int) -> None:
         """The `step_callback` of the published API."""
@@ -148,9 +158,10 @@ class Watcher:
     def _close_block(self, event: BlockEvent) -> None:
         if not self._block_open:  # a token of the context tower, without a draft
             self._open_block()
-            self._add_frame(event.block, len(event.tokens), [None] * len(event.tokens), [None] * len(event.tokens))
+            given = event.draft if self.one_pass and event.draft else [None] * len(event.tokens)
+            self._add_frame(event.block, len(event.tokens), given, [None] * len(given))
         frames = self.blocks[-1]
-        if event.draft:
+        if event.draft and not self.one_pass:
             self._add_frame(event.block, len(event.draft), event.draft, self._confidence(event.draft))
         self._add_frame(
             event.block, frames[0].size, event.tokens, event.confidence, verified=bool(self.known_positions)
@@ -273,7 +284,8 @@ class LineView:
 
     def frame(self, frame: Frame) -> None:
         text = "".join(MASK_PLAIN if token is None else self.names(token) for token in frame.tokens)
-        name = "check  " if frame.verified else f"pass {frame.passes:>2}"
+        drafted = not frame.passes and any(token is not None for token in frame.tokens)
+        name = "check  " if frame.verified else "draft  " if drafted else f"pass {frame.passes:>2}"
         self.stream.write(f"block {frame.block + 1:>2}  {name}  t {frame.t:4.2f}  {text}\n")
         self.stream.flush()
 

@@ -126,9 +126,10 @@ class StepEvent:
     """The block of a row after a denoising pass, for displays.
 
     start: index of the block's first position among the row's new tokens. In verified decoding the block begins with
-    the token before them, so start is −1 for the first block. step: the pass, from 0, of at most `steps`. tokens: the
-    token at each position; at masked positions (`masked`), the denoiser's candidate. confidence: in that token; 0 for
-    a given token.
+    the token before them, so start is −1 for the first block. step: the pass, from 0, of at most `steps`. steps is 0
+    for a draft that the pass which checked the tokens before has made (adapters, verified decoding). tokens: the token
+    at each position; at masked positions (`masked`), the denoiser's candidate. confidence: in that token; 0 for a given
+    token.
     """
 
     row: int

@@ -139,7 +139,9 @@ class CompiledPasses:
     def _most_rounds(self, scheduled: Sequence[ScheduledTokens]) -> int:
         """Rounds of a model with adapters until the engine may be needed; 1 for other passes."""
         sequences = [entry.sequence for entry in scheduled]
-        if not all(s.one_pass and s.drafting for s in sequences) or not self._undisturbed(sequences):
+        if not all(s.one_pass and s.drafting and not s.request.watched for s in sequences):
+            return 1
+        if not self._undisturbed(sequences):
             return 1
         stops = any(s.params.stop for s in sequences)
         most = min(self._most_passes("round", sequences), MOST_ROUNDS_BEFORE_STOP if stops else MOST_STEPS)

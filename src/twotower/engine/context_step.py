@@ -14,7 +14,7 @@ from twotower.decoding.output import BlockEvent, TokenLogprob
 from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, sample_rows
 from twotower.engine.constraint_masks import advance, mask_logits
 from twotower.engine.logprobs import LogprobRequest, PendingLogprobs, numbers_of
-from twotower.engine.one_pass import final_text, next_draft
+from twotower.engine.one_pass import final_text, next_draft, show_draft
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
@@ -250,6 +250,7 @@ def record_tokens(
             continue
         if sequence.one_pass:
             sequence.draft = next_draft(entry, new, sure, accepted)
+            show_draft(entry, new, sure, accepted)
         if sequence.final_drafts:
             text, confidences, draft = final_text(entry, new, sure, accepted)
             steps = [0] * len(text)

@@ -24,7 +24,7 @@ from twotower.cache.replica import PendingTransfer, Replica
 from twotower.cache.sliding_window import longest_pass_of, widest_window
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event
-from twotower.engine import context_step, denoiser_ar, drafting
+from twotower.engine import context_step, denoiser_ar, drafting, one_pass
 from twotower.engine.admitter import Admitter
 from twotower.engine.budget import divide_memory
 from twotower.engine.compiled import CompiledPasses
@@ -207,11 +207,11 @@ class EngineCore:
             record = partial(context_step.collect, pending)
         charge(sequences, started)
 
-        def collect() -> list[BlockEvent]:
+        def collect() -> list[Event]:
             started = time.perf_counter()
             events = record()
             charge(sequences, started)
-            return events + self._after_reading(scheduled, events)
+            return one_pass.with_steps(sequences, events + self._after_reading(scheduled, events))
 
         return [collect]
 

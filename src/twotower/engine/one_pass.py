@@ -6,6 +6,10 @@ draft, from the left up to the first one that is not sure. Otherwise they follow
 has no draft.
 
 In verified decoding, a drafted token is kept if it is AR's. In diffusion, drafted tokens above the threshold are final.
+
+A watched sequence gets a `StepEvent` after each pass that drafts: the next token, the draft, and candidates at the
+other masks. In verified decoding it follows the event of the tokens that the pass checked, in diffusion it precedes the
+event of the drafted tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
+from twotower.decoding.output import BlockEvent, Event, StepEvent
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
 
@@ -59,3 +64,35 @@ def final_text(
     first, count = len(entry.tokens), len(entry.sequence.draft)
     places = [accepted, *range(first, first + count)]
     return [new[place] for place in places], [sure[place] for place in places], ()
+
+
+def show_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> None:
+    """Adds a `StepEvent` to a watched sequence, if its pass has drafted. The sequence has the draft already."""
+    sequence, first = entry.sequence, len(entry.tokens)
+    if not sequence.request.watched or not entry.masks or accepted < first - 1:
+        return
+    known = 1 + len(sequence.draft)
+    step = StepEvent(
+        row=sequence.output.row,
+        start=len(sequence.output.progress.tokens) + (0 if sequence.final_drafts else accepted),
+        step=0,
+        steps=int(sequence.final_drafts),
+        tokens=list(new[first - 1 : entry.width]),
+        masked=[False] * known + [True] * (entry.width - first + 1 - known),
+        confidence=list(sure[first - 1 : entry.width]),
+    )
+    if (step.start, step.step) > sequence.output.shown:  # after a recovery, passes are repeated
+        sequence.step_events.append(step)
+
+
+def with_steps(sequences: Sequence[RunningSequence], events: Sequence[BlockEvent]) -> list[Event]:
+    """The events of a pass with the `StepEvent`s of its sequences, which then have none."""
+    before: list[Event] = []
+    after: list[Event] = []
+    for sequence in sequences:
+        if sequence.final_drafts:
+            before += sequence.step_events
+        elif sequence.output.running:  # else the draft follows the end of the text
+            after += sequence.step_events
+        sequence.step_events.clear()
+    return [*before, *events, *after]

@@ -17,7 +17,7 @@ from twotower.cache.pools import ContextView
 from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, Replica
 from twotower.cache.sliding_window import prefill_limit
 from twotower.config import TwoTowerConfig
-from twotower.errors import TwoTowerError
+from twotower.errors import ArgumentError, ConfigError, TwoTowerError
 from twotower.families import tower_spec
 from twotower.model import long_rope
 from twotower.model.conditioning import TimeConditioning
@@ -26,6 +26,17 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import Tower
 from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
+
+
+def check_one_device(context: str | torch.device, denoiser: str | torch.device) -> None:
+    """Raises ArgumentError if the devices of a model with adapters differ."""
+    if torch.device(context) != torch.device(denoiser):
+        raise ArgumentError(
+            f"denoiser device is {denoiser} and context device {context}, and this model's denoiser is adapters on the "
+            "context tower; give one device",
+            param="denoiser_device",
+        )
+
 
 TowerSet = Literal["both", "context"]
 PREFILL_CHUNK = 512  # prompt tokens of one pass, where no runner prefers another number
@@ -55,6 +66,11 @@ class TwoTowerModel(nn.Module):
         self.denoiser = Tower(spec) if full else None
         self.time = TimeConditioning(spec.hidden_size, spec.num_layers) if full else None
         if towers == "both" and config.adapters is not None:
+            if spec.original_length is not None:
+                raise ConfigError(
+                    "config: adapters are not supported with LongRoPE, whose rotary embedding depends on the length of "
+                    "the text; make a denoiser tower: twotower init without --denoiser-lora"
+                )
             self.context.add_adapters(config.adapters.rank, config.mask_token)
         self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
@@ -112,7 +128,13 @@ class TwoTowerModel(nn.Module):
     def place_towers_on_devices(
         self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
     ) -> Self:
-        """Moves each tower to its device; returns the model."""
+        """Moves each tower to its device; returns the model.
+
+        Raises:
+            ArgumentError: the devices differ, and the denoiser is adapters on the context tower.
+        """
+        if self.has_adapters:
+            check_one_device(ctx_device, den_device)
         self.context.to(ctx_device)
         if self.denoiser is not None and self.time is not None:
             self.denoiser.to(den_device)

@@ -65,7 +65,7 @@ export class Recording {
   }
 
   addPass(event, t) {
-    this.passes += 1;
+    if (event.steps) this.passes += 1; // 0: the pass that checked the tokens before has made this draft
     const before = this.last?.start === event.start ? this.last : null;
     this.known = this.tokens.length - event.start; // a draft begins with the token before the block
     const cells = event.texts.map((text, i) => ({
@@ -85,7 +85,7 @@ export class Recording {
     const drafted = event.drafted;
     let accepted = 0;
     while (accepted < event.tokens.length && drafted[accepted] === event.tokens[accepted]) accepted += 1;
-    const verified = drafted.length > 0 || !this.last; // whether the context tower generated or verified the tokens
+    const verified = drafted.length > 0 || !this.last || this.known > 0; // whether the context tower generated or verified the tokens
     if (verified) this.passes += 1;
     event.texts.forEach((text, i) => {
       this.tokens.push({
@@ -99,7 +99,7 @@ export class Recording {
         at: verified ? t : this.last.cells[i].at,
       });
     });
-    const rejected = drafted.length && !choice.finish_reason ? this.last.texts.slice(this.known + accepted) : [];
+    const rejected = drafted.length && !choice.finish_reason ? this.last.texts.slice(this.known + accepted, this.known + drafted.length) : [];
     this.blocks += 1;
     this.last = null;
     if (choice.finish_reason) return;
