@@ -75,7 +75,8 @@ class StepGate:
         self.blocked = False  # a step is waiting
         llm.step = self.step  # type: ignore[method-assign]
 
-    def step(self) -> Any:
+    def step(self, seconds: float = 0.0) -> Any:
+        """One pass of each tower, whatever time is allowed, so that steps can be counted."""
         with self._change:
             self.blocked = True
             self._change.notify_all()
