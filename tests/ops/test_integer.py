@@ -79,6 +79,7 @@ def test_activations_are_rounded_to_the_nearest_integer(dtype: torch.dtype) -> N
     assert integer.round_activations(torch.tensor([0.5, 1.5, 127.0]))[0].tolist() == [0, 2, 127]  # ties to even
 
 
+@compiled
 def test_subnormal_tokens_stay_in_eight_bits() -> None:
     x = torch.tensor([[190.0, 3.0, 0.0, -190.0]]) * 2.0**-149  # the scale is rounded to 1 · 2⁻¹⁴⁹
     assert integer.round_activations(x)[0].abs().max() == 127
