@@ -19,7 +19,7 @@ from twotower.process import ONE_THREAD_BELOW, configure_process, fit_threads_to
 SOURCE = Path(twotower.__file__).parent
 # Programs, which call `configure_process`. All other modules are a library, and leave these settings to the caller.
 PROGRAMS = {
-    "cli/lm_eval.py", "cli/model_options.py", "cli/train.py",
+    "cli/lm_eval.py", "cli/model_options.py", "cli/quantize.py", "cli/train.py",
     "evaluation/held_out.py", "recipes/bundled.py", "recipes/page_trace.py",
 }  # fmt: skip
 

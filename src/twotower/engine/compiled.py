@@ -30,7 +30,7 @@ from twotower.engine.towers import Towers
 from twotower.model.tower import Tower
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.host_transfer import AsyncHostCopy
-from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, RoundRow, Rows, RowTokens
+from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, RoundRow, RowTokens, StateRows
 from twotower.runners.fused_cpu import FusedCPURunner
 from twotower.runners.pass_tables import PassShape
 
@@ -132,7 +132,7 @@ class CompiledPasses:
         chosen, sure, accepted = lent.own.one_pass_rounds(rows, [s.block for s in sequences], ends, most)
         self._time("round", sequences, started, len(accepted))
         appended = torch.tensor(lent.own.lengths) - torch.tensor([s.read for s in sequences])
-        self._note_appended(sequences, appended.tolist(), length * len(accepted))
+        self._note_appended(sequences, appended.tolist(), int(appended.max()))
         lent.runner.keep(lent.own)
         return partial(_record_rounds, scheduled, chosen.tolist(), sure.tolist(), accepted.tolist())
 
@@ -222,7 +222,7 @@ class CompiledPasses:
         if self.state.lengths is not self._committed:
             self.state.commit_state()
             self._committed = self.state.lengths
-        rows = Rows(self.state, [s.slot for s in sequences], [s.read for s in sequences], steps)
+        rows = StateRows(self.state, [s.slot for s in sequences], [s.read for s in sequences], steps)
         own = runner.decode_pass(tower, shape, rows)
         return None if own is None else _Lent(own, runner)
 

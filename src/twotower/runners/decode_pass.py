@@ -81,7 +81,7 @@ class RowTokens(NamedTuple):
     final: bool = False
 
 
-class Rows(NamedTuple):
+class StateRows(NamedTuple):
     """The rows of a pass: a state, their slots in it, and how many tokens it holds of each. most_steps: passes in a row
     that may append tokens."""
 
@@ -143,7 +143,7 @@ class DecodePass:
         self._kept: list[Tensor] = []  # gathered data with an address in the tables
         self._using: WeightTable | None = None
 
-    def prepare(self, tower: Tower, weights: WeightTable, rotations: RotationTables, rows: Rows) -> bool:
+    def prepare(self, tower: Tower, weights: WeightTable, rotations: RotationTables, rows: StateRows) -> bool:
         """Fills in all addresses; False if this pass is not supported."""
         state = rows.state
         longest = max(rows.lengths) + rows.most_steps - 1
@@ -184,7 +184,7 @@ class DecodePass:
         lengths: list[int] = self._lengths.tolist()
         return lengths
 
-    def _fill(self, rows: Rows, rotations: RotationTables) -> bool:
+    def _fill(self, rows: StateRows, rotations: RotationTables) -> bool:
         """Fills in the addresses of the state; False if it is not supported."""
         slots = None if rows.slots == list(range(rows.state.rows)) else torch.tensor(rows.slots)
         past = StateCaches(rows.state, slots, self._length_tensor)

@@ -18,7 +18,7 @@ from twotower.cache.state_caches import StateCaches
 from twotower.model.tower import PassInputs, PassResult, Tower, steady_period
 from twotower.ops.cpu.kernels import call, max_tokens
 from twotower.ops.registry import select
-from twotower.runners.decode_pass import DecodePass, Rows, kernels_selected
+from twotower.runners.decode_pass import DecodePass, StateRows, kernels_selected
 from twotower.runners.layer_options import spec_unsupported_reason
 from twotower.runners.module_plan import ModulePlan
 from twotower.runners.pass_tables import PassShape, PassTables, shape_of
@@ -84,7 +84,7 @@ class FusedCPURunner:
             self._tables.popitem(last=False)
         return result
 
-    def decode_pass(self, tower: Tower, shape: PassShape, rows: Rows) -> DecodePass | None:
+    def decode_pass(self, tower: Tower, shape: PassShape, rows: StateRows) -> DecodePass | None:
         """Decoding passes of a shape, prepared; None if not supported. Give them back with `keep`."""
         own = self._decode_passes.pop(shape, None)  # see `run`
         weights: WeightTable | None
