@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
 from test_int8 import BIASES, MODES, PROMPTS, assert_one_call_is_its_layers, compiled, written
+from tiny_backbones import two_tower
 from torch import Tensor
 
 from twotower import GenerationParams, TwoTowerForCausalLM
@@ -25,7 +26,7 @@ from twotower.model.tower import PassInputs
 from twotower.ops import registry, self_check_cases
 from twotower.ops.cpu import kernels, library, moe_kernels
 from twotower.ops.reference import int4, int8, integer
-from twotower.runners.decode_pass import Rows
+from twotower.runners.decode_pass import StateRows
 from twotower.runners.fused_cpu import FusedCPURunner
 from twotower.runners.pass_tables import PassShape
 
@@ -236,6 +237,13 @@ def test_a_model_says_its_plan(plan: str) -> None:
         quantize_(model, "int8")
 
 
+def test_a_head_that_is_the_embedding_rounds_its_tokens() -> None:
+    model = quantize_(two_tower("llama"), "int8,activations=int8")
+    assert model.config.tie_word_embeddings
+    assert isinstance(model.context.head, Int8Linear)
+    assert model.context.head.int8_activations
+
+
 def test_a_weight_that_is_too_wide_is_refused() -> None:
     model = torch.nn.ModuleDict({"up_proj": Linear(integer.MAX_WIDTH + 1, 1, bias=False)})
     with pytest.raises(ArgumentError, match=r"activations=int8 allows 131072 inputs of a weight, and one has 131073"):
@@ -311,7 +319,7 @@ def test_compiled_steps_have_the_arithmetic_of_the_plan(plan: str) -> None:
         model.prefill(torch.tensor([PROMPTS[2]]), torch.tensor([7]), state)
         states.append(state)
     shape = PassShape(1, 1, torch.float32, True, False, True, True)
-    own = FusedCPURunner().decode_pass(model.context, shape, Rows(states[0], [0], [7], 20))
+    own = FusedCPURunner().decode_pass(model.context, shape, StateRows(states[0], [0], [7], 20))
     assert own is not None
     tokens, confidences = own.ar_steps([5], [[]], 20)
     token = 5

@@ -106,7 +106,8 @@ def _quantized(module: nn.Module, scheme: Scheme, int8_activations: bool) -> nn.
     """The module with quantised weights; None if nothing is to do."""
     if isinstance(module, Quantized) or scheme == "none":
         return None
-    wide = max(weight.shape[-1] for weight in module.parameters()) if int8_activations else 0
+    weights = [module.weight] if isinstance(module, Linear | TiedHead) else list(module.parameters())
+    wide = max(weight.shape[-1] for weight in weights) if int8_activations else 0
     if wide > MAX_WIDTH:
         raise ArgumentError(
             f"quantization: {INT8_ACTIVATIONS} allows {MAX_WIDTH} inputs of a weight, and one has {wide}"
