@@ -140,6 +140,6 @@ def test_weights_are_built_once_at_two_gigabytes(tmp_path: Path, shards: int) ->
     assert both["weights"] >= 2000
     assert context["weights"] < 0.51 * both["weights"]
     assert int8["weights"] < 0.52 * both["weights"]
-    assert int4["weights"] < 0.3 * both["weights"]
+    assert int4["weights"] < 0.32 * both["weights"]  # 4.5 of 16 bits; embeddings keep 16, heads have 8
     for figures in (both, context, int8, int4):
         assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]
