@@ -155,7 +155,8 @@ def test_peers(tmp_path: Path) -> None:
     assert found["sides"].keys() == {"twotower", "transformers"}
     assert found["sides"]["transformers"]["same until"] == found["tokens"] == 8
     for name, side in found["sides"].items():
-        assert all(value > 0 for value in side["seconds"].values())
+        # A step of AR is the difference of two times, which a short run on a busy machine may turn around.
+        assert all(value > 0 for kind, value in side["seconds"].items() if kind != "AR step")
         assert all(value == 1 or name != "twotower" for value in side["ours takes"].values())
 
 
