@@ -80,8 +80,7 @@ class CompiledPasses:
         most = self._most_rounds(scheduled)
         if most > 1:
             return self._launch_rounds(model, scheduled, length, most)
-        with_keys = PassShape(len(sequences), length, self.state.dtype, True, False, True, True)
-        lent = self._pass_of(model.context, with_keys, sequences)
+        lent = self._pass_of(model.context, self._reading(sequences, length), sequences)
         if lent is None:
             return None
         sampled = scheduled[0].sampled
@@ -101,8 +100,7 @@ class CompiledPasses:
     def _launch_steps(self, model: TwoTowerModel, scheduled: Sequence[ScheduledTokens]) -> CollectEvents | None:
         sequences = [entry.sequence for entry in scheduled]
         steps = self._most_steps(sequences)
-        shape = PassShape(len(sequences), 1, self.state.dtype, True, False, True, True)
-        lent = self._pass_of(model.context, shape, sequences, steps)
+        lent = self._pass_of(model.context, self._reading(sequences, 1), sequences, steps)
         if lent is None:
             return None
         started = time.perf_counter()
@@ -117,10 +115,8 @@ class CompiledPasses:
         self, model: TwoTowerModel, scheduled: Sequence[ScheduledTokens], length: int, most: int
     ) -> CollectEvents | None:
         sequences = [entry.sequence for entry in scheduled]
-        shape = PassShape(len(sequences), length, self.state.dtype, True, False, True, True)
-        lent = self._pass_of(
-            model.context, shape, sequences, min(most * length, max(s.room for s in sequences) + length)
-        )
+        most_tokens = min(most * length, max(s.room for s in sequences) + length)
+        lent = self._pass_of(model.context, self._reading(sequences, length), sequences, most_tokens)
         if lent is None:
             return None
         rows = [
@@ -143,17 +139,13 @@ class CompiledPasses:
             return 1
         if not self._undisturbed(sequences):
             return 1
-        stops = any(s.params.stop for s in sequences)
-        most = min(self._most_passes("round", sequences), MOST_ROUNDS_BEFORE_STOP if stops else MOST_STEPS)
-        return max(min([most, *(s.output.room for s in sequences)]), 1)
+        return self._most_in_room("round", sequences, MOST_ROUNDS_BEFORE_STOP)
 
     def _most_steps(self, sequences: Sequence[RunningSequence]) -> int:
         """AR steps until a row ends or the engine may be needed."""
         if not self._undisturbed(sequences) or any(sequence.mode != "ar" for sequence in sequences):
             return 1
-        stops = any(sequence.params.stop for sequence in sequences)
-        most = min(self._most_passes("step", sequences), MOST_STEPS_BEFORE_STOP if stops else MOST_STEPS)
-        return max(min([most, *(sequence.output.room for sequence in sequences)]), 1)
+        return self._most_in_room("step", sequences, MOST_STEPS_BEFORE_STOP)
 
     # --- the denoiser ---------------------------------------------------------------------------------------------
 
@@ -226,6 +218,10 @@ class CompiledPasses:
         own = runner.decode_pass(tower, shape, rows)
         return None if own is None else _Lent(own, runner)
 
+    def _reading(self, sequences: Sequence[RunningSequence], length: int) -> PassShape:
+        """The shape of a context pass over `length` tokens of each sequence, which stores keys and values itself."""
+        return PassShape(len(sequences), length, self.state.dtype, True, False, True, True)
+
     def _note_appended(self, sequences: Sequence[RunningSequence], counts: Sequence[int], width: int) -> None:
         """Records in the state the tokens that a pass has appended and committed."""
         state = self.state
@@ -244,6 +240,12 @@ class CompiledPasses:
         """Passes in the time that a call may take; 1 if their time is not known yet."""
         duration = self._durations.get((kind, len(sequences)))
         return 1 if duration is None else max(int(self.seconds / duration), 1)
+
+    def _most_in_room(self, kind: str, sequences: Sequence[RunningSequence], before_stop: int) -> int:
+        """Passes in a row that each bring a token. before_stop: the most of them if a stop string may end a row."""
+        stops = any(sequence.params.stop for sequence in sequences)
+        most = min(self._most_passes(kind, sequences), before_stop if stops else MOST_STEPS)
+        return max(min([most, *(sequence.output.room for sequence in sequences)]), 1)
 
     def _time(self, kind: str, sequences: Sequence[RunningSequence], started: float, passes: int) -> None:
         self._durations[kind, len(sequences)] = (time.perf_counter() - started) / passes

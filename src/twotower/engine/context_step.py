@@ -252,8 +252,8 @@ def record_tokens(
             sequence.draft = next_draft(entry, new, sure, accepted)
             show_draft(entry, new, sure, accepted)
         if sequence.final_drafts:
-            text, confidences, draft = final_text(entry, new, sure, accepted)
-            steps = [0] * len(text)
+            text, confidences = final_text(entry, new, sure, accepted)
+            steps, draft = [0] * len(text), ()
         if sequence.matcher is not None:
             advanced = advance(sequence, sequence.matcher, text)
             if isinstance(advanced, BlockEvent):

@@ -59,11 +59,11 @@ def next_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float]
 
 def final_text(
     entry: ScheduledTokens, new: list[int], sure: list[float], accepted: int
-) -> tuple[list[int], list[float], Sequence[int]]:
-    """In diffusion, the text that a pass adds (the next token, then the draft), confidences, and no draft to show."""
+) -> tuple[list[int], list[float]]:
+    """In diffusion, the text that a pass adds (the next token, then the draft), and its confidences."""
     first, count = len(entry.tokens), len(entry.sequence.draft)
     places = [accepted, *range(first, first + count)]
-    return [new[place] for place in places], [sure[place] for place in places], ()
+    return [new[place] for place in places], [sure[place] for place in places]
 
 
 def show_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> None:

@@ -23,7 +23,7 @@ from twotower.ops.precision import upcast
 from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import LayerPair, run_unit
 from twotower.training.noise import Corruption, generator_of
-from twotower.training.objective import MAX_LOGITS
+from twotower.training.objective import in_chunks
 
 BARRED = -1e4  # logit of the mask token: its probability is 0, and its logarithm is finite
 
@@ -85,10 +85,8 @@ class AdapterObjective(nn.Module):
         hidden, clean, wanted = self.hidden(batch, noise, block_size)
         tokens = batch.tokens.roll(-1, 1)[wanted]
         own = batch.text.roll(-1, 1)[wanted]
-        part = max(MAX_LOGITS // self.tower.spec.vocab_size, 1)
-        pieces = zip(hidden.split(part), clean.split(part), tokens.split(part), own.split(part), strict=True)
-        several = len(tokens) > part
-        return torch.stack([run_unit(self._loss, several, *piece) for piece in pieces]).sum()
+        pieces = list(in_chunks(self.tower, hidden, clean, tokens, own))
+        return torch.stack([run_unit(self._loss, len(pieces) > 1, *piece) for piece in pieces]).sum()
 
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
         """→ final hidden states at the trained columns (n, H), of the adapted and of the plain tower, and these columns
@@ -113,13 +111,13 @@ class AdapterObjective(nn.Module):
         Register this method with `register_fsdp_forward_method`: FSDP then treats it as a forward pass.
         """
         hidden, clean, wanted = self.hidden(batch, noise, block_size)
-        part = max(MAX_LOGITS // self.tower.spec.vocab_size, 1)
-        own, teacher = (
-            torch.cat([self._log_probabilities(piece).argmax(-1) for piece in states.split(part)])
-            for states in (hidden, clean)
-        )
         agrees = torch.zeros_like(wanted)
-        agrees[wanted] = own == teacher
+        agrees[wanted] = torch.cat(
+            [
+                self._log_probabilities(own).argmax(-1) == self._log_probabilities(teacher).argmax(-1)
+                for own, teacher in in_chunks(self.tower, hidden, clean)
+            ]
+        )
         return agrees, wanted
 
     def _wanted(self, batch: Batch, noise: Corruption) -> Tensor:

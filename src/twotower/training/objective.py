@@ -230,10 +230,15 @@ def negative_log_likelihood(tower: Tower, hidden: Tensor, tokens: Tensor) -> Ten
     return torch.cat([run_unit(_nll, True, tower, h, y) for h, y in chunks])
 
 
-def in_chunks(tower: Tower, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Splits hidden (N, H) and tokens (N,) into chunks, at least one, of at most MAX_LOGITS logits each."""
-    at_once = max(MAX_LOGITS // tower.spec.vocab_size, 1)
-    yield from zip(torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True)
+def in_chunks(tower: Tower, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Splits tensors of N positions, such as hidden (N, H), into chunks, at least one, of at most MAX_LOGITS logits."""
+    at_once = positions_at_once(tower.spec.vocab_size)
+    yield from zip(*(part.split(at_once) for part in parts), strict=True)
+
+
+def positions_at_once(vocab_size: int) -> int:
+    """The number of positions whose logits are in memory at once."""
+    return max(MAX_LOGITS // vocab_size, 1)
 
 
 def _nll(tower: Tower, hidden: Tensor, tokens: Tensor) -> Tensor:

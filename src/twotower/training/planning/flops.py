@@ -24,7 +24,7 @@ from twotower.specs import (
     ParallelSpec,
     TowerSpec,
 )
-from twotower.training.objective import MAX_LOGITS
+from twotower.training.objective import positions_at_once
 
 MASKED_SHARE = 0.5  # of the positions, on average, because t is uniform
 
@@ -217,7 +217,7 @@ def _attended(tokens: int, block_size: int, window: int | None, own: bool) -> fl
 
 def _head(spec: TowerSpec, positions: float) -> float:
     """FLOPs of the head, forward and backward. Logits in chunks are recomputed in the backward pass."""
-    at_once = max(MAX_LOGITS // spec.vocab_size, 1)
+    at_once = positions_at_once(spec.vocab_size)
     return (4 if positions > at_once else 3) * 2.0 * spec.hidden_size * spec.vocab_size * positions
 
 
