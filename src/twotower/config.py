@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from twotower.backbone_config import autoregressive_config, plain_numbers, reason
-from twotower.denoiser_fields import FORMAT, AdapterConfig, check_format, refuse_denoiser_fields
+from twotower.denoiser_fields import NAMES, DenoiserConfig, refuse_denoiser_fields
 from twotower.errors import ConfigError
 from twotower.json_text import JsonObject
 from twotower.nemotron_h_fields import NemotronHFields
@@ -121,9 +121,9 @@ class TwoTowerConfig(PretrainedConfig):
         return NemotronHFields(**values)
 
     @property
-    def adapters(self) -> AdapterConfig | None:
-        """The adapters that are the denoiser; None: the denoiser is a full tower."""
-        return None
+    def denoiser(self) -> DenoiserConfig:
+        """What the denoiser is."""
+        return DenoiserConfig()
 
     @property
     def stored_pattern(self) -> str | None:
@@ -187,20 +187,18 @@ class GenericTwoTowerConfig(TwoTowerConfig):
     """The configuration of a two-tower checkpoint with any backbone: `model_type` is `two_tower`.
 
     backbone: the config.json of the autoregressive model, verbatim. mask_token_id: None before it is chosen.
-    block_size: the block size that the denoiser was trained with, if it is known. adapters: the denoiser is the context
-    tower with adapters, e.g. {"rank": 32}; None: a full tower. format: of a checkpoint with adapters.
+    block_size: the block size that the denoiser was trained with, if it is known. Further keys say what the denoiser
+    is, see `DenoiserConfig`.
     """
 
     model_type = GENERIC_MODEL_TYPE
-    _adapters: AdapterConfig | None
+    _denoiser: DenoiserConfig
 
     def __init__(
         self,
         backbone: JsonObject | None = None,
         mask_token_id: int | None = None,
         block_size: int | None = None,
-        adapters: JsonObject | None = None,
-        format: int | None = None,
         **kwargs: Any,
     ) -> None:
         # transformers constructs configurations without arguments.
@@ -211,9 +209,9 @@ class GenericTwoTowerConfig(TwoTowerConfig):
             )
         if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
             raise ConfigError(f"config: block_size is {block_size!r}; it must be a positive integer")
-        check_format(format)
+        self.block_size = block_size
+        self._denoiser = DenoiserConfig.of({name: kwargs.pop(name) for name in NAMES if name in kwargs})
         text = self.autoregressive
-        self.block_size, self._adapters = block_size, None if adapters is None else AdapterConfig.of(adapters)
         self.vocab_size, self.hidden_size = text.vocab_size, text.hidden_size
         self.max_position_embeddings = getattr(text, "max_position_embeddings", None)  # Mamba-2 has no limit
         self.mask_token_id = _mask_token(mask_token_id, text.vocab_size)
@@ -238,8 +236,8 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         return autoregressive_config(self.backbone)
 
     @property
-    def adapters(self) -> AdapterConfig | None:
-        return self._adapters
+    def denoiser(self) -> DenoiserConfig:
+        return self._denoiser
 
     @property
     def layer_fields(self) -> NemotronHFields:
@@ -258,11 +256,9 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         """The keys of `config.json`."""
         out = PretrainedConfig.to_dict(self)
         out |= out.pop("_kept", {})
-        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings", "_adapters"):
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings", "_denoiser"):
             out.pop(name, None)  # the backbone has them
-        if self.adapters is not None:
-            out |= {"adapters": dataclasses.asdict(self.adapters), "format": FORMAT}
-        return out
+        return out | self.denoiser.to_json()
 
 
 def _layer_kinds(own: JsonObject, kwargs: JsonObject) -> JsonObject:

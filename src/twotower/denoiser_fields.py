@@ -1,14 +1,19 @@
-"""The fields of a config.json whose denoiser is not a full tower, validated."""
+"""The fields of a config.json that say what its denoiser is, validated.
+
+Absent fields mean the denoiser of the released checkpoints. Only the fields that differ from it are written, with a
+`format` number, so that a reader refuses a denoiser that it does not know.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twotower.errors import ConfigError
+from twotower.json_text import JsonObject
 
-FORMAT = 1  # of checkpoints whose denoiser is not a full tower; a reader refuses newer ones
-NAMES = ("adapters", "format")
+FORMAT = 1  # of checkpoints whose denoiser is not that of the released ones; a reader refuses newer formats
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,36 @@ class AdapterConfig:
         return cls(rank)
 
 
-def check_format(value: object) -> None:
-    """Raises ConfigError if a checkpoint has a format that this version does not know. None: no such checkpoint."""
-    if value is not None and (type(value) is not int or not 1 <= value <= FORMAT):
-        raise ConfigError(f"config: format is {value!r}; this version reads up to {FORMAT}, so update twotower")
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """What the denoiser of a checkpoint is. The defaults are the released denoiser: a second full tower.
+
+    adapters: the denoiser is the context tower with adapters.
+    """
+
+    adapters: AdapterConfig | None = None
+
+    @classmethod
+    def of(cls, fields: Mapping[str, object]) -> DenoiserConfig:
+        """The fields of a config.json with these names (`NAMES`).
+
+        Raises:
+            ConfigError: a value is not allowed, or the format is newer than this version.
+        """
+        check_format(fields.get("format"))
+        adapters = fields.get("adapters")
+        return cls(adapters=None if adapters is None else AdapterConfig.of(adapters))
+
+    def to_json(self) -> JsonObject:
+        """The fields for a config.json: those that differ from the released denoiser, and the format."""
+        default = DenoiserConfig()
+        names = [field.name for field in dataclasses.fields(self)]
+        values = dataclasses.asdict(self)
+        out = {name: values[name] for name in names if getattr(self, name) != getattr(default, name)}
+        return {**out, "format": FORMAT} if out else {}
+
+
+NAMES = (*(field.name for field in dataclasses.fields(DenoiserConfig)), "format")
 
 
 def refuse_denoiser_fields(fields: Mapping[str, object], model_type: str, needed: str) -> None:
@@ -43,3 +74,9 @@ def refuse_denoiser_fields(fields: Mapping[str, object], model_type: str, needed
     for name in NAMES:
         if fields.get(name) is not None:
             raise ConfigError(f"config: {name} needs model_type {needed!r}, and it is {model_type!r}")
+
+
+def check_format(value: object) -> None:
+    """Raises ConfigError if this version does not know the format. None: a released denoiser."""
+    if value is not None and (type(value) is not int or not 1 <= value <= FORMAT):
+        raise ConfigError(f"config: format is {value!r}; this version reads up to {FORMAT}, so update twotower")

@@ -30,7 +30,7 @@ from twotower.checkpoint.peft_adapters import AdapterFolder
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
-from twotower.denoiser_fields import AdapterConfig
+from twotower.denoiser_fields import AdapterConfig, DenoiserConfig
 from twotower.deprecation import renamed_argument
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.adapters import LowRank
@@ -134,7 +134,7 @@ def _result(
     weights: list[Path],
     notes: tuple[str, ...],
 ) -> ConversionResult:
-    known, adapters = names.tensor_entries(model), model.config.adapters
+    known, adapters = names.tensor_entries(model), model.config.denoiser.adapters
     return ConversionResult(
         source=str(source),
         directory=Path(directory),
@@ -163,23 +163,23 @@ def _prepared(
     config.mask_token_id = mask.id
     if stored is not None:
         mask = replace(mask, reason="the mask token of the adapters")
-        return _with_adapters(tower, config, stored.adapters, stored.block_size), mask
+        return _with_denoiser(tower, config, stored.denoiser, stored.block_size), mask
     if denoiser_lora is not None:
-        return _with_adapters(tower, config, AdapterConfig(denoiser_lora), None), mask
+        return _with_denoiser(tower, config, DenoiserConfig(adapters=AdapterConfig(denoiser_lora)), None), mask
     return tower, mask
 
 
-def _with_adapters(
-    tower: OneTowerCheckpoint, config: TwoTowerConfig, adapters: AdapterConfig, block_size: int | None
+def _with_denoiser(
+    tower: OneTowerCheckpoint, config: TwoTowerConfig, denoiser: DenoiserConfig, block_size: int | None
 ) -> OneTowerCheckpoint:
-    """The source whose conversion gets adapters instead of a second tower."""
+    """The source whose conversion gets another denoiser than the released one."""
     if isinstance(config, GenericTwoTowerConfig):
         backbone = config.backbone
     else:
         dtype = str(tower.weights.dtype(tower.places["embeddings.weight", None])).removeprefix("torch.")
         backbone = one_tower.nemotron_h_values(tower.model, dtype)
     changed = GenericTwoTowerConfig(
-        backbone=backbone, mask_token_id=config.mask_token, block_size=block_size, adapters=asdict(adapters)
+        backbone=backbone, mask_token_id=config.mask_token, block_size=block_size, **denoiser.to_json()
     )
     changed.dtype = config.dtype
     with torch.device("meta"):

@@ -122,7 +122,7 @@ def export_peft(
     """
     origin = _origin(source, Path(directory), overwrite, peft_adapters.FOLDER)
     config = TwoTowerConfig.read(origin)
-    if config.adapters is None or not isinstance(config, GenericTwoTowerConfig):
+    if config.denoiser.adapters is None or not isinstance(config, GenericTwoTowerConfig):
         raise CheckpointError(
             f"{origin}: its denoiser is a tower of its own, not adapters, so PEFT's format cannot hold it; twotower "
             "init --denoiser-lora makes a model with adapters"
@@ -154,7 +154,7 @@ def export_peft(
         bytes=total,
         files=peft_adapters.FOLDER.files,
         notes=tuple(_notes_for_peft(config, base)),
-        rank=config.adapters.rank,
+        rank=config.denoiser.adapters.rank,
     )
 
 

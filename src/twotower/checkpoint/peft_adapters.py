@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from twotower.checkpoint.output_folder import FolderKind
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import FLOATS, TensorToWrite, write_file
 from twotower.config import errors_of, read_object
-from twotower.denoiser_fields import FORMAT, AdapterConfig, check_format
+from twotower.denoiser_fields import NAMES, AdapterConfig, DenoiserConfig
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
 from twotower.families import family_of
 from twotower.json_text import JsonObject
@@ -153,8 +153,7 @@ _COMPARED = (
 
 def tensors_to_write(model: TwoTowerModel, tensor: Callable[[str], Tensor]) -> list[tuple[str, TensorToWrite]]:
     """The files of tensors, each with a tensor. tensor: of the tower, by its name in memory."""
-    assert model.config.adapters is not None
-    rank = model.config.adapters.rank
+    rank = rank_of(model.config.denoiser)
     out = []
     for module in adapted_modules(model):
         for name, whole in module.joined(rank, tensor).items():
@@ -173,18 +172,16 @@ def write_folder(
 ) -> None:
     """Writes the files of a directory of adapters. fingerprint: `weights_fingerprint` of the backbone, if known."""
     config = model.config
-    assert config.adapters is not None
     for file in (WEIGHTS_FILE, MASK_FILE):
         write_file(folder / file, [entry for place, entry in tensors if place == file], written)
     fields = {
-        "format": FORMAT,
-        "adapters": asdict(config.adapters),
+        **config.denoiser.to_json(),
         "mask_token_id": config.mask_token,
         "block_size": config.block_size,
         "weights_sha256": fingerprint,
     }
     for file, values in (
-        (ADAPTER_FILE, peft_config(adapted_modules(model), config.adapters.rank, base)),
+        (ADAPTER_FILE, peft_config(adapted_modules(model), rank_of(config.denoiser), base)),
         (ADAPTER_FIELDS, fields),
     ):
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -193,6 +190,12 @@ def write_folder(
 def fingerprint_entry(model: TwoTowerModel) -> str:
     """The name in memory of the weight that `weights_fingerprint` reads: the first that has an adapter."""
     return adapted_modules(model)[0].weights[0].memory
+
+
+def rank_of(denoiser: DenoiserConfig) -> int:
+    """The rank of a denoiser that has adapters."""
+    assert denoiser.adapters is not None
+    return denoiser.adapters.rank
 
 
 def weights_fingerprint(weight: Tensor) -> str:
@@ -212,7 +215,7 @@ class AdapterFolder:
     """
 
     directory: Path
-    adapters: AdapterConfig
+    denoiser: DenoiserConfig
     mask_token_id: int
     block_size: int | None
     weights_sha256: str | None
@@ -245,7 +248,7 @@ class AdapterFolder:
             CheckpointError, ConfigError: a tensor does not fit the backbone, or `adapter_config.json` does not say what
                 the tensors are.
         """
-        modules, rank = adapted_modules(model), self.adapters.rank
+        modules, rank = adapted_modules(model), rank_of(self.denoiser)
         shapes: dict[str, tuple[int, ...]] = {}
         for module in modules:
             shapes |= module.shapes(rank)
@@ -293,8 +296,8 @@ class AdapterFolder:
         for key in _COMPARED:
             if (value := values.get(key, expected[key] or None) or None) != (expected[key] or None):
                 raise ConfigError(
-                    f"{file}: {key} is {value!r}; for adapters of rank {self.adapters.rank} as twotower export writes "
-                    f"them it is {expected[key]!r}"
+                    f"{file}: {key} is {value!r}; for adapters of rank {rank_of(self.denoiser)} as twotower export "
+                    f"writes them it is {expected[key]!r}"
                 )
 
 
@@ -322,8 +325,7 @@ def given_adapters(
 
 def _fields(values: JsonObject) -> JsonObject:
     """The fields of `two_tower.json`, validated."""
-    check_format(values.get("format"))
-    known = ("format", "adapters", "mask_token_id", "block_size", "weights_sha256")
+    known = (*NAMES, "mask_token_id", "block_size", "weights_sha256")
     if unknown := sorted(values.keys() - set(known)):
         raise ConfigError(f"{unknown[0]} is not a known field; known are {', '.join(known)}; update twotower")
     mask, block = values.get("mask_token_id"), values.get("block_size")
@@ -334,8 +336,9 @@ def _fields(values: JsonObject) -> JsonObject:
     digest = values.get("weights_sha256")
     if digest is not None and not isinstance(digest, str):
         raise ConfigError(f"weights_sha256 is {digest!r}; it must be a text")
+    AdapterConfig.of(values.get("adapters"))  # they are not optional here
     return {
-        "adapters": AdapterConfig.of(values.get("adapters")),
+        "denoiser": DenoiserConfig.of(values),
         "mask_token_id": mask,
         "block_size": block,
         "weights_sha256": digest,

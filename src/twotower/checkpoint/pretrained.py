@@ -70,7 +70,7 @@ def from_pretrained(
         )
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
-    if config.adapters is not None and asked.towers == "both":
+    if config.denoiser.adapters is not None and asked.towers == "both":
         check_one_device(asked.devices["context"], asked.devices["denoiser"])
     stored = stored_plan(config, directory / "config.json")
     with torch.device("meta"), errors_of(directory / "config.json"):
@@ -112,7 +112,7 @@ def save_pretrained(
 ) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
     check_save_arguments(kwargs)
-    if model.denoiser is None and model.config.adapters is None:
+    if model.denoiser is None and model.config.denoiser.adapters is None:
         raise ArgumentError(
             'save_pretrained: the model was loaded with towers="context"; load it with towers="both" to save it'
         )

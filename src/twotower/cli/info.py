@@ -209,7 +209,7 @@ def _sizes(module: nn.Module, dtype: str) -> Iterator[tuple[str, int]]:
 def _adapters(
     model: TwoTowerForCausalLM, models_by_dtype: dict[str, tuple[TwoTowerForCausalLM, str]]
 ) -> AdapterFacts | None:
-    if (adapters := model.config.adapters) is None:
+    if (adapters := model.config.denoiser.adapters) is None:
         return None
     return {
         "rank": adapters.rank,

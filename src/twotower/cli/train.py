@@ -272,7 +272,7 @@ def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str,
     if _is_given("batch_size"):  # the default is one micro-batch on each GPU
         shared["batch_size"] = options["batch_size"]
     config = TwoTowerConfig.read(Path(source))
-    if config.adapters is not None:
+    if config.denoiser.adapters is not None:
         raise ArgumentError(
             f"{source}: its denoiser is adapters, and --plan computes memory and hours of a denoiser tower only; give "
             "--plan a checkpoint without adapters"

@@ -16,7 +16,7 @@ ROWS = 4  # of a batch
 
 def check_towers(config: TwoTowerConfig, option: str) -> None:
     """Raises ArgumentError for a model whose denoiser is the context tower with adapters."""
-    if config.adapters is not None:
+    if config.denoiser.adapters is not None:
         raise ArgumentError(f"{option} needs a denoiser of its own, and this model's are adapters; leave {option} out")
 
 

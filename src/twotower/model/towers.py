@@ -45,8 +45,8 @@ PREFILL_CHUNK = 512  # prompt tokens of one pass, where no runner prefers anothe
 class TwoTowerModel(nn.Module):
     """A frozen autoregressive context tower and a denoiser tower, which reads the caches of the same context layers.
 
-    `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory. With adapters
-    (`config.adapters`), the denoiser is the context tower with adapters at masks, and there is no second tower.
+    `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory. With
+    `config.denoiser.adapters`, the denoiser is the context tower with adapters at masks, and there is no second tower.
     """
 
     config: TwoTowerConfig
@@ -62,16 +62,16 @@ class TwoTowerModel(nn.Module):
         """Builds the modules, with random weights unless they are on the meta device; part of `__init__`."""
         spec = tower_spec(config)
         self.context = Tower(spec)
-        full = towers == "both" and config.adapters is None
+        full = towers == "both" and config.denoiser.adapters is None
         self.denoiser = Tower(spec) if full else None
         self.time = TimeConditioning(spec.hidden_size, spec.num_layers) if full else None
-        if towers == "both" and config.adapters is not None:
+        if towers == "both" and config.denoiser.adapters is not None:
             if spec.original_length is not None:
                 raise ConfigError(
                     "config: adapters are not supported with LongRoPE, whose rotary embedding depends on the length of "
                     "the text; make a denoiser tower: twotower init without --denoiser-lora"
                 )
-            self.context.add_adapters(config.adapters.rank, config.mask_token)
+            self.context.add_adapters(config.denoiser.adapters.rank, config.mask_token)
         self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
             self.reset_parameters()

@@ -129,7 +129,7 @@ def train_denoiser(
     source = resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
     refuse_quantized(config, source, "training")
-    if config.adapters is not None:
+    if config.denoiser.adapters is not None:
         _check_adapters(settings, source)
     with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
@@ -148,7 +148,7 @@ def _train_denoiser(
     if tokenizer is None:
         raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")
     encoder = encoder_for(tokenizer, config, defaults)
-    if config.adapters is not None:
+    if config.denoiser.adapters is not None:
         encoder.shift_blocks(settings.stages[-1].block_size)
     sources, held_out = open_sources(settings)
     loader = open_loader(settings, sources, encoder, settings.offset, world)
