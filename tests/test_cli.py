@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.checkpoint.convert import convert
+from twotower.checkpoint.export import export_one_tower
 from twotower.cli.generate import generate as generate_command
 from twotower.cli.pass_picture import block_title, picture_lines
 from twotower.cli.watch import Frame, LiveView, NullView, TokenNames, Watcher, block_text, colour
@@ -470,6 +472,22 @@ def test_demo_compares_the_three_modes(
         assert words in result.out
     assert "\x1b" not in result.out
     assert result.err == ""
+
+
+def test_demo_of_adapters_shows_verified_decoding(
+    cli: Callable[..., Result], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twotower.cli.demo.NEW_TOKENS", 12)
+    monkeypatch.setattr("twotower.cli.demo.ROUNDS", 1)
+    export_one_tower(checkpoint, tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "adapters", denoiser_lora=2)
+    result = cli("demo", "-m", tmp_path / "adapters")
+    assert result.code == 0, result.err
+    assert "one tower with adapters" in result.out
+    assert "check " in result.out
+    assert "diffusion, threshold 0.95" in result.out
+    assert "Verified is " in result.out
+    assert "for which it was not trained" not in result.out
 
 
 def test_demo_of_the_bundled_model(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

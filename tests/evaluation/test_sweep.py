@@ -20,7 +20,7 @@ from twotower.decoding.presets import parse_setting
 from twotower.errors import ArgumentError
 from twotower.evaluation import sweep as module
 from twotower.evaluation.report import draw_report, report_markdown
-from twotower.evaluation.sweep import Point, fingerprint, grid, pareto_front, sweep_settings
+from twotower.evaluation.sweep import Point, fingerprint, grid, pareto_front, read_points, sweep_settings, write_points
 
 
 def point(setting: str, kept: float, passes: float, times: float) -> Point:
@@ -70,6 +70,26 @@ def test_tables_and_picture_of_a_report(tmp_path: Path) -> None:
     assert text.startswith("# Quality and speed of settings\n\nmeasured on a slate\n")
     draw_report(POINTS, tmp_path / "report.png", "a title")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_earlier_report_is_drawn_beside_a_new_one(tmp_path: Path) -> None:
+    write_points(tmp_path / "points.json", "before", POINTS[:3])
+    name, points = read_points(tmp_path / "points.json")
+    assert (name, points) == ("before", POINTS[:3])
+    draw_report(POINTS, tmp_path / "alone.png", "a title")
+    draw_report(POINTS, tmp_path / "both.png", "a title", (name, points))
+    assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "both.png").read_bytes()
+    with pytest.raises(ArgumentError, match="no such file"):
+        read_points(tmp_path / "missing.json")
+    (tmp_path / "other.json").write_text('{"points": [1]}')
+    with pytest.raises(ArgumentError, match="not the points of a report"):
+        read_points(tmp_path / "other.json")
+
+
+def test_settings_of_a_model_with_adapters_have_its_policy() -> None:
+    params = [setting.params() for setting in grid(one_pass=True)]
+    assert {one.policy for one in params if one.mode == "diffusion"} == {"threshold"}
+    assert {one.mode for one in params} == {"diffusion", "verified"}
 
 
 def test_a_sweep_continues_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +163,12 @@ def test_the_verb_writes_picture_and_table(
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert [p["setting"] for p in found["points"]] == ["ar", "diffusion:0.8"]
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "answers.jsonl", "report.md", "report.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".lock", "answers.jsonl", "points.json", "report.md", "report.png",
+    ]  # fmt: skip
     assert "quality kept" in (out / "report.md").read_text()
     result = cli("report", *options, "-s", "diffusion:0.8")
-    assert result.out.splitlines() == [str(out / "report.png"), str(out / "report.md")]
+    assert result.out.splitlines() == [str(out / name) for name in ("report.png", "report.md", "points.json")]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs flock")

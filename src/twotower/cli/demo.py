@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PROMPT = "User: I am looking for a place to eat.\nAssistant:"
 NEW_TOKENS = 64
 THRESHOLD = 0.8  # the threshold of the published results
+ADAPTER_THRESHOLD = 0.95  # with adapters, whose confidences are higher
 ROUNDS, SECONDS = 3, 5.0  # runs of each mode for the median, fewer if they would take more than SECONDS
 SHOWN_CHARACTERS = 140
 MOCK_AR = "mock_ar: the denoiser as a next-token predictor, for which it was not trained."
@@ -37,8 +38,8 @@ MOCK_AR = "mock_ar: the denoiser as a next-token predictor, for which it was not
 def demo(model: str | None, threads: int | None, as_json: bool) -> None:
     """Show denoising, then compare the modes.
 
-    Decoding is greedy, with one prompt; diffusion has threshold 0.8. All figures are measured in this run. Passes are
-    those of both towers, without the prefill.
+    Decoding is greedy, with one prompt; diffusion has threshold 0.8, with adapters 0.95. All figures are measured in
+    this run. Passes are those of both towers, without the prefill.
     """
     loaded, source = models.load_text_model(model, "there is no text to show; choose another model", threads=threads)
     console = console_on("stdout")
@@ -51,10 +52,20 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
         modes = [figures_of(result) | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
         from twotower.json_text import to_json
 
-        click.echo(to_json(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
+        click.echo(to_json(facts | {"confidence_threshold": threshold_of(loaded), "modes": modes}, ensure_ascii=False))
         return
-    print_tables(console, results)
-    console.print(speed_summary(results), soft_wrap=not console.is_terminal)
+    print_tables(console, results, threshold_of(loaded), shown_mode(loaded), None if loaded.has_adapters else MOCK_AR)
+    console.print(speed_summary(results, shown_mode(loaded)), soft_wrap=not console.is_terminal)
+
+
+def threshold_of(model: TwoTowerForCausalLM) -> float:
+    """The threshold of mode diffusion."""
+    return ADAPTER_THRESHOLD if model.has_adapters else THRESHOLD
+
+
+def shown_mode(model: TwoTowerForCausalLM) -> str:
+    """The mode that the demo shows: with adapters, verified decoding has its best figures."""
+    return "verified" if model.has_adapters else "diffusion"
 
 
 def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
@@ -70,7 +81,7 @@ def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     threads = f", {count} thread{'s' if count > 1 else ''}" if model.device.type == "cpu" else ""
     return Text.assemble(
         (model_loading.name_of(source), "bold"),
-        f": {size:.1f} M parameters in two towers of "
+        f": {size:.1f} M parameters in {'one tower with adapters' if model.has_adapters else 'two towers'} of "
         f"{model.spec.num_layers} layers ({format_pattern(model.spec.pattern)}), {where['dtype']} on "
         f"{where['context_device']}{threads}",
     )
@@ -81,22 +92,21 @@ def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
     shared: Parameters = {"max_new_tokens": NEW_TOKENS, "eos_token_id": model_loading.eos_of(model)}
     if mode not in BLOCK_MODES:
         return shared
-    shared["confidence_threshold"], shared["mask_token_id"] = THRESHOLD, model.config.mask_token
+    shared["confidence_threshold"], shared["mask_token_id"] = threshold_of(model), model.config.mask_token
     return shared
 
 
 def show_run(model: TwoTowerForCausalLM) -> None:
-    """Shows one run in mode diffusion, which is not measured."""
+    """Shows one run, which is not measured."""
     from twotower.cli.watch import Watcher, make_view
     from twotower.tokenizer import require_tokenizer
 
     if not sys.stdout.isatty():
         click.echo(PROMPT + "\n")
+    mode, tokenizer = shown_mode(model), require_tokenizer(model.tokenizer)
     view = make_view("stdout", PROMPT, keep=True)
-    with Watcher(require_tokenizer(model.tokenizer), model.config.mask_token, view) as watcher:
-        events = model.stream(
-            PROMPT, "diffusion", step_callback=watcher.on_pass, **stream_arguments(model, "diffusion")
-        )
+    with Watcher(tokenizer, model.config.mask_token, view, int(mode == "verified"), model.has_adapters) as watcher:
+        events = model.stream(PROMPT, mode, step_callback=watcher.callback, **stream_arguments(model, mode))
         for _ in watcher.watch(events):
             pass
     click.echo()
@@ -141,8 +151,13 @@ def times_ar(results: dict[str, Generation], mode: str) -> float:
     return results[mode].tokens_per_second / results["ar"].tokens_per_second
 
 
-def print_tables(console: Console, results: dict[str, Generation]) -> None:
-    """Prints the text of each mode, then the figures; AR comes first."""
+def print_tables(
+    console: Console, results: dict[str, Generation], threshold: float, shown: str, note: str | None
+) -> None:
+    """Prints the text of each mode, then the figures; AR comes first.
+
+    shown: the mode to emphasise. note: a line below the texts.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -150,7 +165,7 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
     from twotower.cli.watch import visible
 
     shape = box.SIMPLE_HEAD if console.is_terminal else None
-    texts = Table(box=shape, header_style="dim", caption=MOCK_AR, caption_justify="left", caption_style="dim")
+    texts = Table(box=shape, header_style="dim", caption=note, caption_justify="left", caption_style="dim")
     figures = Table(box=shape, header_style="dim")
     texts.add_column("mode", no_wrap=True)
     texts.add_column("text")
@@ -159,7 +174,7 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
         figures.add_column(name, justify="right", no_wrap=True)
     for mode in ("ar", "mock_ar", "verified", "diffusion"):
         result = results[mode]
-        name = f"{mode}, threshold {THRESHOLD}" if mode == "diffusion" else mode
+        name = f"{mode}, threshold {threshold}" if mode == "diffusion" else mode
         text = visible(result.text.strip().replace("\n", " ↵ "))
         short = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
         texts.add_row(name, Text(short))  # plain text, because rich takes [brackets] for markup
@@ -170,22 +185,23 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
             f"{tokens_per_pass(result):.2f}",
             f"{result.tokens_per_second:.1f}",
             f"{times_ar(results, mode):.2f}",
-            style="bold" if mode == "diffusion" else "",
+            style="bold" if mode == shown else "",
         )
     for table in (texts, figures):
         console.print(table, end="" if console.is_terminal else "\n\n")
 
 
-def speed_summary(results: dict[str, Generation]) -> str:
-    """Explains the speed of diffusion: tokens per pass, and the cost of a pass in AR steps."""
-    ar, diffusion = results["ar"], results["diffusion"]
-    passes = diffusion.passes_of_both
-    cost = (diffusion.decode_seconds / passes) / (ar.decode_seconds / ar.context_passes)
-    ratio = times_ar(results, "diffusion")
+def speed_summary(results: dict[str, Generation], mode: str) -> str:
+    """Explains the speed of a mode: tokens per pass, and the cost of a pass in AR steps."""
+    ar, shown = results["ar"], results[mode]
+    passes = shown.passes_of_both
+    cost = (shown.decode_seconds / passes) / (ar.decode_seconds / ar.context_passes)
+    ratio = times_ar(results, mode)
     speed = "slower" if ratio < 1 else "faster"
+    towers = f" ({shown.denoiser_passes} of the denoiser, {shown.context_passes} of the context tower)"
     return (
-        f"Diffusion is {speed} than AR here ({ratio:.2f}×). It wrote {len(diffusion.tokens)} tokens in {passes} passes "
-        f"({diffusion.denoiser_passes} of the denoiser, {diffusion.context_passes} of the context tower): "
-        f"{tokens_per_pass(diffusion):.2f} tokens per pass. A pass costs as much as {cost:.2f} AR steps. "
+        f"{mode.capitalize()} is {speed} than AR here ({ratio:.2f}×). It wrote {len(shown.tokens)} tokens in {passes} "
+        f"passes{towers if shown.denoiser_passes else ''}: "
+        f"{tokens_per_pass(shown):.2f} tokens per pass. A pass costs as much as {cost:.2f} AR steps. "
         "All figures are from this run."
     )

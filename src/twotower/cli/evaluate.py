@@ -38,13 +38,7 @@ DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot p
     show_default=True,
     help="Problems of each family.",
 )
-@click.option(
-    "--family",
-    "families",
-    multiple=True,
-    metavar="NAME",
-    help="Family of problems. Can be repeated.  [default: all but json]",
-)
+@models.family_option
 @models.difficulty_option
 @models.problem_seed_option
 @click.option(

@@ -43,6 +43,13 @@ setting_option = click.option(
     help="Decoding setting to compare with AR, e.g. diffusion:0.8, diffusion:factor=1.2,block_size=8, "
     "verified:acceptance=0.3. Can be repeated; AR always runs.",
 )
+family_option = click.option(
+    "--family",
+    "families",
+    multiple=True,
+    metavar="NAME",
+    help="Family of problems. Can be repeated.  [default: all but json]",
+)
 difficulty_option = click.option(
     "--difficulty",
     "difficulties",

@@ -31,8 +31,12 @@ SERIES_STYLES = {  # series: colour, marker
 MIN_QUALITY_DRAWN = 0.5  # of AR's accuracy; worse settings are in the table only
 
 
-def draw_report(points: Sequence[Point], path: Path, title: str) -> None:
+def draw_report(
+    points: Sequence[Point], path: Path, title: str, beside: tuple[str, Sequence[Point]] | None = None
+) -> None:
     """Draws quality kept against tokens per pass and against measured speed, with the Pareto front.
+
+    beside: name and points of an earlier report, whose Pareto front is drawn too.
 
     Raises:
         ArgumentError: matplotlib is missing.
@@ -42,8 +46,8 @@ def draw_report(points: Sequence[Point], path: Path, title: str) -> None:
 
         figure = Figure(figsize=(11.0, 5.6))
         left, right = figure.subplots(1, 2, sharey=True)
-        _panel(left, points, lambda p: p.tokens_per_pass, "tokens per pass (passes of both towers)")
-        _panel(right, points, lambda p: p.times_ar, "measured speed, × AR (single requests)")
+        _panel(left, points, lambda p: p.tokens_per_pass, "tokens per pass (passes of both towers)", beside)
+        _panel(right, points, lambda p: p.times_ar, "measured speed, × AR (single requests)", beside)
         left.set_ylabel("accuracy kept, % of AR's")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         handles, labels = left.get_legend_handles_labels()
@@ -51,21 +55,31 @@ def draw_report(points: Sequence[Point], path: Path, title: str) -> None:
         figure.savefig(path, dpi=DPI)
 
 
-def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float], label: str) -> None:
+def _panel(
+    axes: Axes,
+    points: Sequence[Point],
+    speed: Callable[[Point], float],
+    label: str,
+    beside: tuple[str, Sequence[Point]] | None,
+) -> None:
     series: dict[str, list[Point]] = {}
     for point in points:
         series.setdefault(point.series, []).append(point)
     best = pareto_front(points, speed)
-    axes.plot(
-        [speed(p) for p in best],
-        [100 * p.kept[0] for p in best],
-        color="black",
-        lw=5,
-        alpha=0.12,
-        solid_capstyle="round",
-        label="Pareto front",
-        zorder=1,
-    )
+    fronts = [("black", "Pareto front", best)]
+    if beside is not None:
+        fronts.append(("red", f"Pareto front of {beside[0]}", pareto_front(beside[1], speed)))
+    for colour, name, front in fronts:
+        axes.plot(
+            [speed(p) for p in front],
+            [100 * p.kept[0] for p in front],
+            color=colour,
+            lw=5,
+            alpha=0.12,
+            solid_capstyle="round",
+            label=name,
+            zorder=1,
+        )
     for name, own in series.items():
         x, y = [speed(p) for p in own], [100 * p.kept[0] for p in own]
         if name == "ar":

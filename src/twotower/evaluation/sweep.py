@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -33,9 +33,16 @@ POLICY_VALUES: dict[str, tuple[float, ...]] = {
     "decay": (0.8, 0.95, 0.99),
 }
 BLOCK_SIZES = (8, 16, 32, 64)
+ADAPTER_THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+ADAPTER_BLOCK_SIZES = (4, 6, 8, 12, 24, 32)
 ACCEPTANCES = (0.5, 0.2, 0.1, 0.03)
 DRAFT_STEPS = (1, 2, 4)
-QUICK = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1", "verified:draft_steps=1,acceptance=0.2")
+QUICK = (
+    "diffusion:0.8",
+    "diffusion:0.9",
+    "verified:draft_steps=1",
+    "verified:draft_steps=1,acceptance=0.2",
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,15 @@ class Point:
         return rest.split("=")[0] if "=" in rest else "threshold"
 
 
-def grid() -> list[Setting]:
-    """All settings of a full report."""
+def grid(one_pass: bool = False) -> list[Setting]:
+    """All settings of a full report. one_pass: of a model with adapters, which has one policy, and one pass a round."""
+    if one_pass:
+        texts = [f"diffusion:{value:g}" for value in ADAPTER_THRESHOLDS]
+        texts += [f"diffusion:{value:g},block_size={size}" for size in ADAPTER_BLOCK_SIZES for value in (0.9, 0.98)]
+        texts += ["verified:draft_steps=1", "verified"]
+        texts += [f"verified:draft_steps=1,block_size={size}" for size in ADAPTER_BLOCK_SIZES]
+        texts += [f"verified:draft_steps=1,acceptance={acceptance:g}" for acceptance in ACCEPTANCES]
+        return [parse_setting(text) for text in texts]
     texts = [f"diffusion:{policy}={value:g}" for policy, values in POLICY_VALUES.items() for value in values]
     texts += [f"diffusion:0.8,block_size={size},steps_per_block={size}" for size in BLOCK_SIZES]
     texts += [f"verified:draft_steps={steps}" for steps in DRAFT_STEPS] + ["verified"]
@@ -90,6 +104,7 @@ def sweep_settings(
     *,
     per_family: int,
     timed: int,
+    families: Sequence[str] = (),
     difficulties: Sequence[int] = (1, 2),
     seed: int = 0,
     rows: int = 64,
@@ -99,19 +114,20 @@ def sweep_settings(
 ) -> list[Point]:
     """Measures AR and each setting; one point for each.
 
-    per_family: problems per family, answered in batches of `rows`, for accuracy. timed: problems of all families that
-    every setting answers in turn, one at a time, for speed. answers_file: each setting's answers are saved there when
-    they are complete, and a call with the same facts continues from the file.
+    per_family: problems per family, answered in batches of `rows`, for accuracy. families: none: those of the suite.
+    timed: problems of all families that every setting answers in turn, one at a time, for speed. answers_file: each
+    setting's answers are saved there when they are complete, and a call with the same facts continues from the file.
 
     Raises:
         ArgumentError: answers_file belongs to another model or to other problems; AR answers no problem right.
     """
     report_progress = progress or (lambda text: None)
-    problems = chosen_problems((), per_family, difficulties, seed)
+    problems = chosen_problems(families, per_family, difficulties, seed)
     facts = {
         **(facts or {}),
         "weights": fingerprint(model),
         "per_family": per_family,
+        **({"families": list(families)} if families else {}),
         "difficulties": list(difficulties),
         "seed": seed,
     }
@@ -169,6 +185,27 @@ def pareto_front(points: Sequence[Point], speed: Callable[[Point], float]) -> li
         if not out or point.kept[0] > out[-1].kept[0]:
             out.append(point)
     return out[::-1]
+
+
+def write_points(path: Path, name: str, points: Sequence[Point]) -> None:
+    """Writes the points of a report and the name of its model."""
+    replace_text(path, to_json({"model": name, "points": [asdict(point) for point in points]}) + "\n")
+
+
+def read_points(path: Path) -> tuple[str, list[Point]]:
+    """The name of the model, and the points that `write_points` has written.
+
+    Raises:
+        ArgumentError: the file does not exist, or is not such a file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        points = [Point(**point | {"kept": tuple(point["kept"])}) for point in found["points"]]
+        return str(found["model"]), points
+    except FileNotFoundError:
+        raise ArgumentError(f"{path}: no such file; give the folder of a finished report") from None
+    except (OSError, ValueError, TypeError, LookupError):
+        raise ArgumentError(f"{path}: not the points of a report; make the report again") from None
 
 
 def fingerprint(model: TwoTowerForCausalLM) -> str:
