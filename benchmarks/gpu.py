@@ -131,7 +131,7 @@ FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}
 def equality(setting: Setting, out: dict[str, Any]) -> None:
     """The bundled model on the device: verified mode against AR, and AR against AR on the CPU."""
     texts, tokens = (2, 6) if setting.tiny else (16, 64)
-    cpu = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    cpu = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
     prompts = few_shot_prompts(cpu, texts, 48)
     shared: dict[str, Any] = {"max_new_tokens": tokens, "mask_token_id": cpu.config.mask_token, "seed": 0}
 
@@ -140,7 +140,7 @@ def equality(setting: Setting, out: dict[str, Any]) -> None:
 
     on_cpu = written(cpu, mode="ar")
     for dtype in ("float32", "bfloat16"):
-        model = model_loading.load_model(bundled_model(), dtype=dtype, context_device=str(setting.device))
+        model = model_loading.load_model(bundled_model("small"), dtype=dtype, context_device=str(setting.device))
         ar = written(model, mode="ar")
         for steps in (1,) if setting.tiny else (1, 2):
             verified = written(model, mode="verified", draft_steps=steps)
@@ -287,7 +287,7 @@ def full_memory(setting: Setting, out: dict[str, Any]) -> None:
 def engine(setting: Setting, out: dict[str, Any]) -> None:
     """`throughput.py`: the bundled model, 1 … 64 requests at once."""
     setting.release()
-    model = model_loading.load_model(bundled_model(), context_device=str(setting.device))
+    model = model_loading.load_model(bundled_model("small"), context_device=str(setting.device))
     if setting.tiny:
         few: dict[str, Any] = {"at_once": (1, 2), "modes": ("ar",), "texts": 2}
         out |= throughput.measure(model, rounds=1, tokens=12, context=24, **few)
@@ -352,7 +352,7 @@ def two_devices(setting: Setting, out: dict[str, Any]) -> None:
     )
     del model
     setting.release()
-    model = model_loading.load_model(bundled_model(), context_device=str(setting.device))
+    model = model_loading.load_model(bundled_model("small"), context_device=str(setting.device))
     prompts = few_shot_prompts(model, 2 if setting.tiny else 64, 48)
     kinds = ("verified", "diffusion")
     out["bundled model"] = engine_comparison.compare_devices(
@@ -367,9 +367,9 @@ def loading(setting: Setting, out: dict[str, Any]) -> None:
     }  # fmt: skip
     if setting.tiny:
         name, case = next(iter(memory.CASES.items()))
-        out["loads"] = {name: memory.child({"path": str(bundled_model()), **shared, **case})}
+        out["loads"] = {name: memory.child({"path": str(bundled_model("small")), **shared, **case})}
     else:
-        out["loads"] = memory.loads(bundled_model(), **shared)
+        out["loads"] = memory.loads(bundled_model("small"), **shared)
 
 
 PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  # the parts and their limits in minutes

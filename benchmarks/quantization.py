@@ -119,7 +119,7 @@ def log_probabilities(model: TwoTowerForCausalLM, rows: Tensor) -> Tensor:
 def main(path: Path | None, text: Path, tokens: int, length: int, threads: int | None, as_json: bool) -> None:
     """Compare rules of rounding to 8 and 4 bits by KL and NLL of the context tower."""
     program.start(threads)
-    model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype="float32", towers="context")
+    model = TwoTowerForCausalLM.from_pretrained(path or bundled_model("small"), dtype="float32", towers="context")
     if model.tokenizer is None:
         raise click.UsageError("the model has no tokenizer.json; give another --model")
     ids = torch.tensor(model.tokenizer(text.read_text(encoding="utf-8"))["input_ids"][:tokens])
@@ -141,7 +141,7 @@ def main(path: Path | None, text: Path, tokens: int, length: int, threads: int |
     for bits, name in ((8, "int8"), (4.5, "int4")):
         plan = f"{name},activations=int8"
         rounded = TwoTowerForCausalLM.from_pretrained(
-            path or bundled_model(), dtype="float32", towers="context", quantization=plan
+            path or bundled_model("small"), dtype="float32", towers="context", quantization=plan
         )
         found = log_probabilities(rounded, rows)
         kl = float((exact.exp() * (exact - found)).sum(-1).mean())

@@ -258,7 +258,7 @@ def worst_case_of_drafting(
     start(threads)
     if quick:
         texts, tokens, rounds = 1, 24, 1
-    model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
+    model = TwoTowerForCausalLM.from_pretrained(path or bundled_model("small"), dtype=dtype)
     found = list(worst_case(model, texts, tokens, rounds))
     facts = {"machine": machine_facts(model), "texts": texts, "tokens": tokens, "measured": found}
     publish("throughput worst-case", facts, [table_of_worst_case(found, texts)], as_json)

@@ -22,7 +22,7 @@ DATA = Path(os.environ.get("TWOTOWER_DATA", Path(__file__).parents[2] / "shared"
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
-    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    return TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +31,20 @@ def held_out(golden_dir: Path) -> list[str]:
 
 
 def card() -> dict:
-    return json.loads((bundled_model() / "metrics.json").read_text())
+    return json.loads((bundled_model("small") / "metrics.json").read_text())
 
 
 def test_the_model_is_small_enough_for_the_package() -> None:
-    size = sum(file.stat().st_size for file in bundled_model().iterdir())
+    size = sum(file.stat().st_size for file in bundled_model("small").iterdir())
     assert size < 25e6
 
 
 def test_the_card_says_what_was_measured() -> None:
-    text = (bundled_model() / "README.md").read_text()
+    text = (bundled_model("small") / "README.md").read_text()
     figures = card()
     assert f"{figures['ar_bits_per_byte']:.3f}" in text
     assert f"{figures['5gram_bits_per_byte']:.3f}" in text
-    for title, lines in tables(bundled_model()).items():
+    for title, lines in tables(bundled_model("small")).items():
         assert "\n".join(lines) in text, title
 
 

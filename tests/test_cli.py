@@ -290,7 +290,7 @@ def test_frames_record_the_run(checkpoint: Path) -> None:
 
 def test_frames_record_a_verified_run() -> None:
     """Drafts, accepted tokens, and rounds without a draft, with a trained model."""
-    model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
     for steps in (0, 1, 2, None):
         watcher = Watcher(model.tokenizer, model.config.mask_token, NullView(), known_positions=1)
         with watcher:
@@ -492,7 +492,7 @@ def test_demo_of_adapters_shows_verified_decoding(
 
 def test_demo_of_the_bundled_model(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twotower.cli.demo.ROUNDS", 1)
-    if not bundled_model().is_dir():
+    if not bundled_model("small").is_dir():
         pytest.skip("the bundled model is not in this tree")
     answer = json.loads(cli("demo", "--json").out)
     assert answer["dtype"] == "float32"

@@ -50,7 +50,7 @@ def test_auto_is_fp32_for_small_models_on_a_cpu(
 def test_auto_does_not_depend_on_the_instruction_set(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled model is stored in bf16, and computes in fp32 whether or not the processor multiplies bf16."""
     monkeypatch.setattr("twotower.ops.precision.has_fast_bf16_matmul", lambda device: path == "native")
-    model = model_loading.load_model(bundled_model(), dtype="auto")
+    model = model_loading.load_model(bundled_model("small"), dtype="auto")
     assert model.dtype == model.config.dtype == torch.float32
     assert model_loading.dtype_note(model, "auto") is None
 
@@ -72,3 +72,12 @@ def test_deterministic_reaches_the_engine(cli: Callable[..., Result]) -> None:
     )
     assert "deterministic" in repeatable["mode_reason"]
     assert "deterministic" not in plain["mode_reason"]
+
+
+def test_a_bundled_model_has_a_name(cli: Callable[..., Result]) -> None:
+    found = model_loading.source_of("bundled/small")
+    assert found == bundled_model("small")
+    assert model_loading.name_of(found) == "bundled/small"
+    result = cli("info", "bundled/large")
+    assert result.code == 2
+    assert "bundled/large: no such bundled model; there are bundled/small" in result.err

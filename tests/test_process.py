@@ -73,7 +73,7 @@ calls = []
 allocator.keep_large_blocks = lambda: calls.append("malloc")
 torch.set_num_threads(2)
 def load():
-    model_loading.load_model(bundled_model(), context_device="cpu")
+    model_loading.load_model(bundled_model("small"), context_device="cpu")
     return torch.get_num_threads(), list(calls)
 print(load())
 process.configure_process()

@@ -9,8 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twotower import process
-from twotower.assets import bundled_model
+from twotower import assets, process
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -25,18 +24,25 @@ if TYPE_CHECKING:
 # On a CPU, dtype "auto" computes in fp32 for a bf16 model with fewer parameters: verified decoding is then exact.
 FP32_BELOW = 500_000_000
 FP32_SHARE = 0.5  # of the free memory: fp32 weights under dtype "auto" may take this much
+BUNDLED_PREFIX = "bundled/"
 DTYPES = ("auto", "bfloat16", "float32", "float64")
 
 
 def source_of(model: Path | str | None) -> Path | str:
-    """The given model, or the directory of the bundled model.
+    """The given model, or the directory of a bundled model: `bundled/NAME`, or without a model the default one.
 
     Raises:
-        CheckpointError: no model is given, and this installation has no bundled model.
+        CheckpointError: this installation has no such bundled model.
     """
+    if isinstance(model, str) and model.startswith(BUNDLED_PREFIX):
+        name = model.removeprefix(BUNDLED_PREFIX)
+        if name not in assets.bundled_names():
+            known = ", ".join(BUNDLED_PREFIX + name for name in assets.bundled_names()) or "none"
+            raise CheckpointError(f"{model}: no such bundled model; there are {known}")
+        return assets.bundled_model(name)
     if model is not None:
         return model
-    bundled = bundled_model()
+    bundled = assets.bundled_model()
     if not bundled.is_dir():
         raise CheckpointError("this installation has no bundled model; give a checkpoint directory or a hub id")
     return bundled
@@ -44,7 +50,7 @@ def source_of(model: Path | str | None) -> Path | str:
 
 def name_of(source: Path | str) -> str:
     """The name of a model for output."""
-    return f"bundled/{Path(source).name}" if Path(source) == bundled_model() else str(source)
+    return BUNDLED_PREFIX + Path(source).name if Path(source).parent == assets.FOLDER else str(source)
 
 
 def load_model(

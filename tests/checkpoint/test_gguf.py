@@ -192,7 +192,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
 
 def test_nemotron_h(tmp_path: Path) -> None:
     """The bundled model as llama.cpp's converter writes it: the tensors come back, bit for bit."""
-    source = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
+    source = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype=torch.float32)
     write_nemotron_h(tmp_path / "model.gguf", source)
     convert(tmp_path / "model.gguf", tmp_path / "two", dtype="float32")
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32)

@@ -31,7 +31,7 @@ def files(directory: Path) -> dict[str, bytes]:
 def test_the_files_are_those_of_a_model_that_is_loaded_and_saved(golden_dir: Path, tmp_path: Path, plan: str) -> None:
     for name, source, sizes in (
         ("a", golden_dir / "tiny-hybrid", {"max_shard_size": 20_000}),
-        ("b", bundled_model(), {}),
+        ("b", bundled_model("small"), {}),
     ):
         made = quantize_checkpoint(source, tmp_path / name / "made", plan, **sizes)
         TwoTowerForCausalLM.from_pretrained(source, quantization=plan).save_pretrained(
@@ -76,7 +76,7 @@ def made(tmp_path: Path, cli: Callable[..., Result]) -> Path:
 
 def test_the_verbs_load_the_copy(made: Path, cli: Callable[..., Result]) -> None:
     now = [cli("generate", "-m", name, "User: Hi", "--mode", "verified", "-n", "12", "--seed", "1", *more).out
-           for name, more in ((made, ()), (bundled_model(), ("--quantization", "int4")))]  # fmt: skip
+           for name, more in ((made, ()), (bundled_model("small"), ("--quantization", "int4")))]  # fmt: skip
     assert now[0] == now[1] != ""
     facts = json.loads(cli("info", made, "--json").out)
     assert (facts["weights"]["quantization"], facts["weights"]["problem"]) == ("int4", None)
@@ -130,10 +130,10 @@ def test_an_interrupted_run_leaves_what_was_there(made: Path, golden_dir: Path) 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(bundled_model(), made, "int8", overwrite=True, progress=stop)
+        quantize_checkpoint(bundled_model("small"), made, "int8", overwrite=True, progress=stop)
     assert files(made) == before
     assert [path.name for path in made.parent.iterdir()] == ["made"]
-    quantize_checkpoint(bundled_model(), made, "int8", overwrite=True)
+    quantize_checkpoint(bundled_model("small"), made, "int8", overwrite=True)
     assert TwoTowerForCausalLM.from_pretrained(made).quantization == "int8"
 
 

@@ -13,7 +13,9 @@ from command import Result, assert_one_line_error
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.engine import budget
 
-pytestmark = pytest.mark.skipif(not bundled_model().is_dir(), reason="there is no bundled model in this checkout")
+pytestmark = pytest.mark.skipif(
+    not bundled_model("small").is_dir(), reason="there is no bundled model in this checkout"
+)
 
 Cli = Callable[..., Result]
 FP32 = ("--dtype", "float32")

@@ -104,7 +104,7 @@ def model() -> TwoTowerForCausalLM:
 
 @pytest.fixture(scope="module")
 def bundled() -> TwoTowerForCausalLM:
-    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    return TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
 
 
 def made(tokenizer: Any) -> dict[str, Constraint]:

@@ -27,7 +27,9 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.tasks import make_problems
 from twotower.file_lock import exclusive_lock
 
-pytestmark = pytest.mark.skipif(not bundled_model().is_dir(), reason="there is no bundled model in this checkout")
+pytestmark = pytest.mark.skipif(
+    not bundled_model("small").is_dir(), reason="there is no bundled model in this checkout"
+)
 
 Cli = Callable[..., Result]
 FP32 = ("--dtype", "float32")
@@ -35,7 +37,7 @@ FP32 = ("--dtype", "float32")
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
-    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    return TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
 
 
 def shared(model: TwoTowerForCausalLM, **given: Any) -> dict[str, Any]:

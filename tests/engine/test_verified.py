@@ -53,7 +53,7 @@ def test_no_tokens_asked_for(draft_steps: int | None) -> None:
 
 
 def test_stop_strings_events_and_statistics() -> None:
-    model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float64")
     texts = ["User: I need a taxi to the airport.\nAssistant:", "User: I want to see a doctor.\nAssistant:"]
     asked: dict[str, Any] = {"max_new_tokens": 48, "eos_token_id": 2, "stop": "\nUser"}
     expected = by("ar", model, texts, **asked)

@@ -22,7 +22,7 @@ FP32 = ("--dtype", "float32")
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
-    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    return TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
 
 
 def test_every_setting_is_measured_at_every_size_with_ar(model: TwoTowerForCausalLM) -> None:

@@ -191,12 +191,12 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_calibration_brings_both_towers_closer_to_the_original(problems: Path, tmp_path: Path) -> None:
     calibration = TextCalibration(data=[str(problems)], tokens=4096)
-    quantize_checkpoint(bundled_model(), tmp_path / "made", "int4", calibration=calibration)
-    original = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    quantize_checkpoint(bundled_model("small"), tmp_path / "made", "int4", calibration=calibration)
+    original = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
     encoder = encoder_for(original.tokenizer, original.config)
     batches = text_batches([], encoder, 4096, 512)
     found = []
-    for source, options in ((bundled_model(), {"quantization": "int4"}), (tmp_path / "made", {})):
+    for source, options in ((bundled_model("small"), {"quantization": "int4"}), (tmp_path / "made", {})):
         other = TwoTowerForCausalLM.from_pretrained(source, dtype="float32", **options)
         found.append(compare_likelihoods((original, other), batches, 0).kl)
     nearest, calibrated = found

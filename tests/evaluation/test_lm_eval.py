@@ -31,7 +31,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
-    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    return TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
 
 
 def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
@@ -48,7 +48,7 @@ def test_lm_eval_finds_the_model_by_name(model: TwoTowerForCausalLM) -> None:
 
     made = get_model("twotower").create_from_arg_string("setting=verified,max_length=64", {"batch_size": "auto:4"})
     assert (made.setting.label, made.max_length, made.rows) == ("verified", 64, 16)
-    assert made.tokenizer_name == f"bundled__{bundled_model().name}"
+    assert made.tokenizer_name == f"bundled__{bundled_model('small').name}"
 
 
 def test_likelihoods_equal_those_of_the_hugging_face_adapter(model: TwoTowerForCausalLM) -> None:

@@ -24,7 +24,7 @@ LINES = [f"User: I need a table for {n} in London.\nAssistant: At which time sha
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
-    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    return TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_coarser_weights_diverge_more(model: TwoTowerForCausalLM) -> None:
     suite = batches(model)
     kl = []
     for plan in ("int8", "denoiser=int4,context=int8", "int4"):
-        other = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32", quantization=plan)
+        other = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32", quantization=plan)
         kl.append(compare_likelihoods((model, other), suite, 0).kl)
     assert 0 < 5 * kl[0]["context"] < kl[2]["context"]
     assert kl[1]["context"] == kl[0]["context"]

@@ -149,7 +149,7 @@ def test_the_fingerprint_depends_on_both_towers() -> None:
 def module_model() -> Path:
     from twotower import bundled_model
 
-    return bundled_model()
+    return bundled_model("small")
 
 
 def test_the_verb_writes_picture_and_table(

@@ -254,7 +254,7 @@ def test_what_cannot_be_packed_is_left() -> None:
 
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
-        model = model_loading.load_model(bundled_model(), dtype="float32")
+        model = model_loading.load_model(bundled_model("small"), dtype="float32")
         return all(packed.get(weight) is not None for weight, packed in packing.packable_weights(model))
 
     assert packed()
@@ -268,7 +268,7 @@ def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_verified_is_ar_when_packed() -> None:
     """As without packed weights: a verified block and single steps give the same bits."""
-    model = model_loading.load_model(bundled_model(), dtype="float32")
+    model = model_loading.load_model(bundled_model("small"), dtype="float32")
     prompts = [model.tokenizer(text)["input_ids"] for text in ("User: I need a taxi.", "12+30=", "User: Hi")]
     texts: list[Any] = []
     for mode in ("ar", "verified"):

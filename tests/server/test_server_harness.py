@@ -33,7 +33,7 @@ LIKELIHOOD = TASK | {
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
-    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
+    return TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float64")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,8 @@ def client(served: RunningServer) -> Any:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     return LocalCompletionsAPI(
-        base_url=f"{served.address}/v1/completions", model=served.service.settings.name, tokenizer=str(bundled_model()),
+        base_url=f"{served.address}/v1/completions", model=served.service.settings.name,
+        tokenizer=str(bundled_model("small")),
         tokenizer_backend="huggingface", num_concurrent=4, batch_size=1, max_length=500, add_bos_token=True,
     )  # fmt: skip
 

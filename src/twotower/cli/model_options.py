@@ -29,7 +29,10 @@ def check_plan(_: click.Context, __: click.Parameter, plan: str | None) -> str |
 
 
 model_option = click.option(
-    "-m", "--model", metavar="MODEL", help="Checkpoint directory, or id on the hub.  [default: the bundled model]"
+    "-m",
+    "--model",
+    metavar="MODEL",
+    help="Checkpoint directory, id on the hub, or bundled/NAME.  [default: the bundled model]",
 )
 
 setting_option = click.option(
