@@ -61,7 +61,7 @@ report: .venv/.installed-dev
 # About four hours on two CPU cores; continues where it was interrupted.
 bundled-model: .venv/.installed-dev
 	@test -n "$(TWOTOWER_DATA)" || { echo "set TWOTOWER_DATA to the folder that holds corpora/sgd_dialogues"; exit 2; }
-	$(BIN)/python -m twotower.recipes.bundled $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled --processes 2
+	$(BIN)/python -m twotower.recipes.small $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled --processes 2
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("twotower needs Python 3.11 or later; this is %d.%d. Set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

@@ -33,7 +33,7 @@ from twotower.config import TwoTowerConfig
 from twotower.evaluation.machine import device_facts
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.nemotron_h_fields import NemotronHFields
-from twotower.recipes.bundled import SHAPE
+from twotower.recipes.small import SHAPE
 from twotower.training import fsdp
 from twotower.training.data import Batch
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions

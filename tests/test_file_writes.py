@@ -20,7 +20,7 @@ from twotower.checkpoint.tokenizer_files import save_tokenizer
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.evaluation import sweep
 from twotower.file_writes import os_errors, output_errors, replace_text, replaced_file
-from twotower.recipes import bundled
+from twotower.recipes import small as recipe
 from twotower.training import trainer
 from twotower.training.log import Log
 
@@ -76,7 +76,7 @@ def write_answers(folder: Path) -> Path:
 
 
 def write_problems(folder: Path) -> Path:
-    bundled.write_text(folder)
+    recipe.write_text(folder)
     return folder / "suite.jsonl"
 
 
@@ -86,7 +86,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 ) -> None:
     """After a power failure, a file that was renamed but not flushed is empty."""
     for name in ("PROBLEMS", "HARD_PROBLEMS"):
-        monkeypatch.setattr(bundled, name, 3)
+        monkeypatch.setattr(recipe, name, 3)
     assert callable(write)
     file = write(tmp_path)
     place = steps.index(("rename", file))

@@ -24,7 +24,7 @@ from twotower.evaluation.tasks.scoring import OVERALL
 from twotower.families import tower_spec
 from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.recipes.bundled import SHAPE
+from twotower.recipes.small import SHAPE
 from twotower.training import fsdp, weights
 from twotower.training.data import EOS, MASK, RowLoader, Source, held_out_batches, train_tokenizer
 from twotower.training.noise import Corruption

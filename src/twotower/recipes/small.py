@@ -1,4 +1,4 @@
-"""Makes the bundled model: `python -m twotower.recipes.bundled DATA OUT` (`make bundled-model`).
+"""Makes the bundled model with two full towers: `python -m twotower.recipes.small DATA OUT`.
 
     text           training problems of the suite, shape of the backbone            → OUT/suite.jsonl, OUT/shape.json
     backbone       twotower pretrain on dialogues and problems                      → OUT/backbone/model
@@ -18,24 +18,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
-import shutil
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from twotower.checkpoint.atomic import replace_folder
 from twotower.file_writes import replace_text, replaced_file
 from twotower.process import configure_process
+from twotower.recipes.stages import Stage, data_options, export_model, run_stages
 from twotower.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
-    from twotower.training.log_schema import StepRecord
 
 SEED = 1
 STAGES = ("text", "backbone", "start", "continuations", "denoiser", "longer", "export", "figures")
@@ -45,7 +42,6 @@ PRACTISED_TWICE = ("edits", "recall")  # a small model learns these families las
 HARD_TO_DENOISE = ("arithmetic", "word")  # each of their steps depends on the step before
 CONTINUATIONS = 5000
 CONTINUATION_LENGTH = 320
-LOGGED = 100  # steps for one line of training.jsonl
 # Few experts, so that a pass over a block reads little more weight memory than a pass over one token.
 SHAPE = {
     "model_type": "nemotron_h",
@@ -144,97 +140,35 @@ def _finish(texts: list[str]) -> list[str]:
     ]
 
 
-def commands(
-    data: Path, out: Path, backbone_steps: int, denoiser_steps: int, longer_steps: int
-) -> dict[str, list[str]]:
-    """The `twotower` commands of the stages that have one."""
+def stages(data: Path, out: Path, steps: dict[str, int], processes: int) -> list[Stage]:
+    """The stages in order. steps: of each training stage."""
 
-    def mixture(stage: str, dialogues: Path) -> list[str]:
-        share = DIALOGUE_SHARE[stage]
-        hard = HARD_SHARE if stage == "longer" else 0.0
-        items = [f"{dialogues}={share:g}", f"{out / 'suite.jsonl'}={1 - share - hard:g}"]
-        items += [f"{out / 'hard.jsonl'}={hard:g}"] if hard else []
-        return [word for item in items for word in ("--data", item)]
+    def trained(stage: str, dialogues: Path, options: Sequence[str], *words: str) -> Stage:
+        share, hard = DIALOGUE_SHARE[stage], HARD_SHARE if stage == "longer" else 0.0
+        shares = {dialogues: share, out / "suite.jsonl": 1 - share - hard}
+        shares |= {out / "hard.jsonl": hard} if hard else {}
+        command = [*words, "-o", str(out / stage), "--steps", str(steps[stage]), *data_options(shares)]
+        return Stage(stage, out / stage / "model", [*command, *options, *COMMON], parallel=True)
 
-    return {
-        "backbone": [
-            "pretrain",
-            "--config",
-            f"{out / 'shape.json'}",
-            "-o",
-            f"{out / 'backbone'}",
-            "--steps",
-            str(backbone_steps),
-            *mixture("backbone", data / "train.jsonl.gz"),
-            *PRETRAIN,
-            *COMMON,
-        ],
-        "start": ["init", "--from", f"{out / 'backbone' / 'model'}", "-o", f"{out / 'start'}"],
-        "denoiser": [
-            "train",
-            f"{out / 'start'}",
-            "-o",
-            f"{out / 'denoiser'}",
-            "--steps",
-            str(denoiser_steps),
-            *mixture("denoiser", out / "continuations.jsonl"),
-            *TRAIN,
-            *COMMON,
-        ],
-        "longer": [
-            "train",
-            f"{out / 'denoiser' / 'model'}",
-            "-o",
-            f"{out / 'longer'}",
-            "--steps",
-            str(longer_steps),
-            *mixture("longer", out / "continuations.jsonl"),
-            *LONGER,
-            *COMMON,
-        ],
-    }
+    continuations, model = out / "continuations.jsonl", out / "model"
+    runs = {stage: out / stage for stage in ("backbone", "denoiser", "longer")}
+    return [
+        Stage("text", out / "hard.jsonl", lambda: write_text(out)),
+        trained("backbone", data / "train.jsonl.gz", PRETRAIN, "pretrain", "--config", str(out / "shape.json")),
+        Stage("start", out / "start", ["init", "--from", str(out / "backbone/model"), "-o", str(out / "start")]),
+        Stage("continuations", continuations, lambda: write_continuations(data, out, processes)),
+        trained("denoiser", continuations, TRAIN, "train", str(out / "start")),
+        trained("longer", continuations, LONGER, "train", str(out / "denoiser/model")),
+        Stage("export", model, lambda: export_model(out / "longer/model", model, runs)),
+        Stage("figures", model / "metrics.json", lambda: measure(data, model)),
+    ]
 
 
-def export(out: Path) -> None:
-    """Writes the bundled model, without its card."""
-    import torch
-
-    from twotower.modeling_twotower import TwoTowerForCausalLM
-
-    partial = out / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    TwoTowerForCausalLM.from_pretrained(out / "longer/model", dtype=torch.bfloat16).save_pretrained(partial)
-    with (partial / "training.jsonl").open("w", encoding="utf-8") as lines:
-        for stage in ("backbone", "denoiser", "longer"):
-            records = [
-                json.loads(line) for line in (out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            ]
-            lines.writelines(json.dumps(record) + "\n" for record in thinned(stage, records))
-    replace_folder(partial, out / "model")
-
-
-def thinned(stage: str, records: Sequence[StepRecord]) -> Iterator[dict[str, object]]:
-    """One record for LOGGED steps: the mean loss since the last record, and the validation, if there was one."""
-    for start in range(0, len(records), LOGGED):
-        part = records[start : start + LOGGED]
-        numbers = {
-            name: round(value, 5) for name, value in part[-1].get("validation", {}).items() if isinstance(value, float)
-        }
-        yield {
-            "stage": stage,
-            "step": part[-1]["step"],
-            "loss": round(statistics.mean(record["loss"] for record in part), 5),
-            "lr": part[-1]["lr"],
-            "tokens": sum(record["tokens"] for record in part),
-            "targets": sum(record["targets"] for record in part),
-        } | ({"validation": numbers} if numbers else {})
-
-
-def measure(data: Path, out: Path) -> None:
+def measure(data: Path, model: Path) -> None:
     """Measures the figures of the model card with `evaluation.held_out`."""
-    command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(out / "model")]
+    command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(model)]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    replace_text(out / "model/metrics.json", text)
+    replace_text(model / "metrics.json", text)
 
 
 @click.command()
@@ -242,7 +176,7 @@ def measure(data: Path, out: Path) -> None:
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--stage",
-    "stages",
+    "chosen",
     type=click.Choice(STAGES),
     multiple=True,
     help="Stage to run. [default: all that are not finished]",
@@ -256,46 +190,17 @@ def measure(data: Path, out: Path) -> None:
 def main(
     data: Path,
     out: Path,
-    stages: tuple[str, ...],
+    chosen: tuple[str, ...],
     backbone_steps: int,
     denoiser_steps: int,
     longer_steps: int,
     processes: int,
 ) -> None:
-    """Makes the bundled model."""
+    """Makes the bundled model with two full towers."""
     configure_process()
     out.mkdir(parents=True, exist_ok=True)
-    results = {
-        "text": "hard.jsonl",
-        "backbone": "backbone/model",
-        "start": "start",
-        "continuations": "continuations.jsonl",
-        "denoiser": "denoiser/model",
-        "longer": "longer/model",
-        "export": "model",
-        "figures": "model/metrics.json",
-    }
-    programs = commands(data, out, backbone_steps, denoiser_steps, longer_steps)
-    for stage in stages or STAGES:
-        if not stages and (out / results[stage]).exists():
-            continue
-        print(f"— {stage}", file=sys.stderr, flush=True)
-        if stage == "text":
-            write_text(out)
-        elif stage == "continuations":
-            write_continuations(data, out, processes)
-        elif stage == "export":
-            export(out)
-        elif stage == "figures":
-            measure(data, out)
-        else:
-            print("twotower " + " ".join(programs[stage]), file=sys.stderr, flush=True)
-            launch = [sys.executable]
-            if processes > 1 and stage != "start":
-                launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            code = subprocess.run([*launch, "-m", "twotower", *programs[stage]]).returncode
-            if code:
-                sys.exit(code)
+    steps = {"backbone": backbone_steps, "denoiser": denoiser_steps, "longer": longer_steps}
+    run_stages(stages(data, out, steps, processes), chosen, processes)
 
 
 if __name__ == "__main__":
