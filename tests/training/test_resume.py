@@ -75,6 +75,22 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     assert checkpoints(output) == ["step-00000020", "step-00000022"]  # no unfinished checkpoint
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_signals_end_a_run_with_a_checkpoint(processes: int, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    args = tiny_run.given().train(output)
+    for number, code, after in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 8)):
+        run = launch(args, tmp_path / "said", processes)
+        assert run.kill_when(lambda after=after: steps_logged(output) >= after, number)
+        assert run.codes() == [code] * processes
+        (said,) = [line for line in run.stderr() if line.startswith("stopped after step")]
+        step = int(said.split()[3].rstrip(";"))
+        assert step == steps_logged(output)
+        assert f"step-{step:08}" in checkpoints(output)
+    assert launch(args, tmp_path / "said", processes).codes() == [0] * processes
+    assert_same_end(output, uninterrupted("train")) if processes == 1 else None
+
+
 def test_the_command_of_a_finished_run_does_nothing_new(copy: Path, capfd: pytest.CaptureFixture) -> None:
     """A run killed just before its end writes the model; the same command again writes it again."""
     for _ in range(2):

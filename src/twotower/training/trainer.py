@@ -26,6 +26,7 @@ from twotower.training.log_schema import StepRecord, Validation
 from twotower.training.objective import Objective
 from twotower.training.old_names import SETTINGS, with_present_names
 from twotower.training.optimizer import Schedule, ShardedAdamW
+from twotower.training.stop_request import StopRequest
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
@@ -91,6 +92,8 @@ def train(
 ) -> None:
     """Minimizes a sharded objective (`fsdp.shard`). Resumes from the run's last intact checkpoint, if there is one.
 
+    SIGTERM or Ctrl-C ends the run after the step, with a checkpoint (`stop_request`).
+
     Raises:
         TwoTowerError: the loss or gradient is not finite (the message names the last checkpoint); a checkpoint cannot
             be written; the checkpoint does not fit the objective.
@@ -107,7 +110,11 @@ def train(
         progress.print_line(note)
     if done:
         progress.print_line(f"resuming after step {done}")
-    try:
+    with ExitStack() as parts:
+        for part in (balance, progress, log):
+            if part is not None:
+                parts.callback(part.close)
+        stop = parts.enter_context(StopRequest(world))
         for step in range(done, options.schedule.steps):
             record = _step(options, objective, optimizer, loader, world, step)
             balance.step()
@@ -119,7 +126,8 @@ def train(
             if log is not None:
                 record["timing"] = timing
                 log.write(record)
-            if last or (step + 1) % options.checkpoint_every == 0:
+            stopped = not last and stop.came()
+            if last or stopped or (step + 1) % options.checkpoint_every == 0:
                 checkpoints.save(
                     options.directory / "checkpoints",
                     step + 1,
@@ -127,11 +135,9 @@ def train(
                     loader.state_dict(),
                     world,
                 )
-    finally:
-        balance.close()
-        progress.close()
-        if log is not None:
-            log.close()
+            if stopped:
+                progress.print_line(f"stopped after step {step + 1}; the same command resumes the run")
+                stop.end()
 
 
 def _step(
