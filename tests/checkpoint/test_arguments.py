@@ -104,6 +104,7 @@ def test_values_that_change_nothing_are_accepted(checkpoint: Path) -> None:
         ignore_mismatched_sizes=False, low_cpu_mem_usage=True, torch_dtype="float32", dtype=torch.float32,
         trust_remote_code=True, subfolder="", attn_implementation=None,
     )  # fmt: skip
+    TwoTowerForCausalLM.from_pretrained(checkpoint, adapter_kwargs={"revision": "main", "token": "x"})  # of AutoModel
     with pytest.raises(ArgumentError, match="dtype is 'float32' and torch_dtype 'bfloat16'"):
         TwoTowerForCausalLM.from_pretrained(checkpoint, dtype="float32", torch_dtype="bfloat16")
 

@@ -18,7 +18,6 @@ from twotower.quantization import QuantizationPlan
 DeviceName = str | int | torch.device | None
 # Values of arguments that ask for what this package does anyway. None is accepted for every argument.
 _LOADING: dict[str, tuple[object, ...]] = {
-    "adapter_kwargs": ({},),
     "adapter_name": ("default",),
     "allow_all_kernels": (False,),
     "disable_mmap": (False,),
@@ -43,6 +42,8 @@ _SAVING: dict[str, tuple[object, ...]] = {
 # Arguments of which every value means the same here. The Auto classes and pipelines pass those with an underscore.
 _LOADING_ANY = {"_commit_hash", "_fast_init", "_from_auto", "_from_pipeline", "code_revision", "low_cpu_mem_usage"}
 _LOADING_ANY |= {"resume_download", "weights_only"}
+# Keys of `adapter_kwargs` that the Auto classes add wherever peft is installed: where adapters would be read.
+_AUTO_ADAPTER = {"revision", "token"}
 _SAVING_ANY = {"is_main_process", "save_peft_format", "token"}
 
 
@@ -91,6 +92,8 @@ class LoadArguments:
             },
             trust_remote_code=bool(kwargs.pop("trust_remote_code", None)),
         )
+        if (kwargs.get("adapter_kwargs") or {}).keys() <= _AUTO_ADAPTER:
+            kwargs.pop("adapter_kwargs", None)
         if unknown := _unsupported(kwargs, _LOADING, _LOADING_ANY):
             raise ArgumentError(
                 f"from_pretrained: {', '.join(unknown)} is not supported by a two-tower model; remove it"
