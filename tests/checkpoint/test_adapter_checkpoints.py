@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import Result
+from command import Result, assert_one_line_error
 from safetensors.torch import load_file
 from tiny_backbones import save, save_tokenizer
 
@@ -168,6 +168,19 @@ def test_two_devices_are_refused(made: tuple[Path, Path]) -> None:
     with pytest.raises(ArgumentError, match="give one device"):
         model.place_towers_on_devices("cpu", "meta")
     assert model.place_towers_on_devices("cpu", "cpu") is model
+
+
+@pytest.mark.parametrize("plan", ["denoiser=int4", "context=int8,denoiser=int4", "denoiser.experts=int8"])
+def test_quantization_of_the_denoiser_is_refused(
+    made: tuple[Path, Path], cli: Callable[..., Result], plan: str, tmp_path: Path
+) -> None:
+    """Adapters keep their dtype. A plan for both towers quantises the context tower."""
+    said = ("quantization: ", "names the denoiser, which is adapters", "leave denoiser=… out")
+    assert_one_line_error(cli("generate", "-m", made[1], "a", "-n", "2", "--quantization", plan), *said)
+    assert_one_line_error(cli("quantize", made[1], "-o", tmp_path / "made", "--scheme", plan), *said)
+    assert not (tmp_path / "made").exists()
+    for allowed in ("int8", "context=int4", "experts=int4,rest=int8"):
+        assert TwoTowerForCausalLM.from_pretrained(made[1], quantization=allowed).quantization != "none"
 
 
 def test_a_plan_of_adapters_is_refused(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:

@@ -15,11 +15,12 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from twotower.errors import ArgumentError
+from twotower.model.adapters import MaskEmbedding
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.moe import Experts, Int4Experts, Int8Experts
 from twotower.ops.reference.integer import MAX_WIDTH
-from twotower.quantization import INT8_ACTIVATIONS, Part, QuantizationPlan, Scheme, TowerName, text_of
+from twotower.quantization import INT8_ACTIVATIONS, PARTS, Part, QuantizationPlan, Scheme, TowerName, text_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Large = Linear | TiedHead | Experts
@@ -33,9 +34,11 @@ def quantize_(model: Model, plan: QuantizationPlan | str = "int8") -> Model:
 
     Raises:
         ArgumentError: quantised weights of the module have another arithmetic than the plan's, or a weight is too wide
-            for it.
+            for it; or the plan gives a scheme of its own to a denoiser that is adapters.
     """
     schemes = QuantizationPlan.parse(plan) if isinstance(plan, str) else plan
+    if any(isinstance(module, MaskEmbedding) for module in model.modules()):
+        _check_with_adapters(schemes)
     known = (module for module in model.modules() if isinstance(module, Quantized))
     if any(module.int8_activations != schemes.int8_activations for module in known):
         raise ArgumentError(
@@ -100,6 +103,16 @@ def quantization_of(model: nn.Module) -> str:
 def rounds_activations(model: nn.Module) -> bool:
     """Whether products of quantised weights round their activations to int8."""
     return any(isinstance(module, Quantized) and module.int8_activations for module in model.modules())
+
+
+def _check_with_adapters(plan: QuantizationPlan) -> None:
+    """Raises ArgumentError if a plan gives the denoiser another scheme than the context tower."""
+    own = [part.kind for part in PARTS if part.tower == "denoiser" and plan.schemes[part] != "none"]
+    if any(plan.scheme("denoiser", kind) != plan.scheme("context", kind) for kind in own):
+        raise ArgumentError(
+            f"quantization: {str(plan)!r} names the denoiser, which is adapters on the context tower here; adapters "
+            "keep their dtype, so leave denoiser=… out"
+        )
 
 
 def _quantized(module: nn.Module, scheme: Scheme, int8_activations: bool) -> nn.Module | None:
