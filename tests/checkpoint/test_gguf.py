@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -40,10 +42,18 @@ NOT_READ: dict[str, dict[str, Any]] = {
 QUANTISED = gguf.GGMLQuantizationType.Q4_1
 
 
-def write_gguf(file: Path, model: PreTrainedModel, *, quantised: bool = False, **extra: Any) -> None:
+def write_gguf(
+    file: Path,
+    model: PreTrainedModel,
+    *,
+    quantised: bool = False,
+    divisors: Mapping[str, Sequence[float]] = MappingProxyType({}),
+    **extra: Any,
+) -> None:
     """Writes a model's configuration and tensors of its shapes, random, under the names that transformers expects.
 
-    quantised: large matrices are Q4_1. extra: metadata of the architecture to add or, with None, to leave out.
+    quantised: large matrices are Q4_1. divisors: tensors of divisors of rotary frequencies. extra: metadata of the
+    architecture to add or, with None, to leave out.
     """
     config = model.config
     kind = ARCHITECTURES[config.model_type]
@@ -76,6 +86,8 @@ def write_gguf(file: Path, model: PreTrainedModel, *, quantised: bool = False, *
             writer.add_tensor(name, gguf.quants.quantize(values, QUANTISED), raw_dtype=QUANTISED)
         else:
             writer.add_tensor(name, values)
+    for name, factors in divisors.items():
+        writer.add_tensor(name, np.array(factors, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -118,6 +130,71 @@ def test_the_model_is_the_one_that_transformers_reads(
     assert (found - expected).abs().max() < 1e-4 * expected.std()
 
 
+def llama3_divisors(scaling: Mapping[str, float], theta: float, dim: int) -> list[float]:
+    """As llama.cpp's converter computes them."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original, found = scaling["original_max_position_embeddings"], []
+    for i in range(0, dim, 2):
+        wave = 2 * math.pi * theta ** (i / dim)
+        if wave < original / high:
+            found.append(1.0)
+        elif wave > original / low:
+            found.append(factor)
+        else:
+            smooth = (original / wave - low) / (high - low)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return found
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG: dict[str, Any] = SHAPES["phi3:longrope"]["rope_parameters"]
+# Name → its shape, its rotary embedding in config.json, metadata and tensors of the file.
+SCALED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Sequence[float]]]] = {
+    "linear": ("llama", {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+               {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {}),
+    "linear, older key": ("llama", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                          {"rope.scale_linear": 2.0}, {}),
+    "YaRN": (
+        "llama", SHAPES["llama:yarn"]["rope_parameters"],
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 128}, {}),
+    "Llama 3": ("llama", {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, {},
+                {"rope_freqs.weight": llama3_divisors(LLAMA3, 5e5, 16)}),
+    "a part of layers": (
+        "gemma3_text",
+        {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, {}),
+    "LongRoPE": (
+        "phi3:longrope", LONG,
+        {"rope.scaling.original_context_length": 64, "rope.dimension_count": 6,
+         "rope.scaling.attn_factor": math.sqrt(1 + math.log(8) / math.log(64))},
+        {"rope_factors_long.weight": LONG["long_factor"], "rope_factors_short.weight": LONG["short_factor"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_rotary_embeddings(case: str, tmp_path: Path) -> None:
+    """transformers drops the scaling, and is told here what it is."""
+    name, rope, extra, divisors = SCALED[case]
+    options = SHAPES[name] | NOT_READ.get(name.partition(":")[0], {}) | {"rope_parameters": rope}
+    options |= {"num_hidden_layers": 6} if "full_attention" in rope else {}  # the sixth has no window
+    write_gguf(tmp_path / "model.gguf", hf_model(name, options=options), divisors=divisors, **extra)
+    wrong = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    config = copy.deepcopy(wrong.config)
+    config.update({key: value for key, value in options.items() if key.startswith(("rope", "original", "partial"))})
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    theirs.load_state_dict(wrong.state_dict())
+    convert(tmp_path / "model.gguf", tmp_path / "two", mask_token=3, dtype="float32")
+    model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32)
+    for length in (40, 100):  # LongRoPE has other frequencies beyond the original length
+        ids = torch.randint(4, VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected, found = theirs(ids).logits, model(ids).logits
+        assert (found - expected).abs().max() < 1e-4 * expected.std()
+    with torch.inference_mode():
+        assert (wrong(ids).logits - expected).abs().max() > 0.01 * expected.std()
+
+
 def refuse(file: Path, **extra: Any) -> None:
     write_gguf(file, hf_model("llama"), **extra)
 
@@ -128,7 +205,15 @@ def cut(file: Path, end: int) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "scaled RoPE": (lambda file: refuse(file, **{"rope.scaling.type": "yarn"}), ("rope.scaling.type", "original")),
+    "unknown scaling": (
+        lambda file: refuse(file, **{"rope.scaling.type": "foo"}), ("rope.scaling.type 'foo'", "original checkpoint")),
+    "factor of YaRN": (
+        lambda file: refuse(file, **{"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5}),
+        ("rope.scaling.yarn_ext_factor scales", "original checkpoint")),
+    "divisors of no known scaling": (
+        lambda file: refuse(file, divisors={"rope_freqs.weight": [1.0, 7.0, 1.0, 3.0, 1.0, 1.0, 2.0, 8.0]}),
+        ("rope_freqs.weight scales", "original checkpoint")),
+    "a factor of scores": (lambda file: refuse(file, **{"attention.scale": 0.5}), ("attention.scale", "original")),
     "not a GGUF": (lambda file: file.write_bytes(b"GGML" * 50), ("not a GGUF file", "b'GGML'", "give a GGUF file")),
     "directory": (lambda file: file.mkdir(), ("is a directory; give a file",)),
     "unknown version": (lambda file: file.write_bytes(b"GGUF\x09\0\0\0" * 50), ("GGUF version 9", "update")),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.checkpoint import gguf_nemotron_h
+from twotower.checkpoint import gguf_nemotron_h, gguf_rope
 from twotower.checkpoint.names import DiskLayout, TensorEntry, one_tower_entries
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import CheckpointError, ConfigError, TwoTowerError, install_command
@@ -30,11 +30,8 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_UNUSED = re.compile(r"rope_freqs\.weight$|\.attn_rot_embd")  # see `_check_rope`
 # Metadata that changes what the model computes, and that transformers does not translate.
-_CHANGES = re.compile(
-    r"rope\.scaling\.|attention\.(?:clamp|scale|max_alibi)|logit_scale|residual_scale|embedding_scale"
-)
+_CHANGES = re.compile(r"attention\.(?:clamp|scale|max_alibi)|logit_scale|residual_scale|embedding_scale")
 
 
 # Metadata of the architecture that transformers does not translate for every family → key of config.json.
@@ -63,7 +60,9 @@ class GGUFFile:
         self.path = path
         self._reader = _open(path)
         self.architecture = str(self.value("general.architecture"))
-        self._check_rope()
+        self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._scaled = False
+        self._check_factors()
         if self.architecture in gguf_nemotron_h.ARCHITECTURES:
             self.config: TwoTowerConfig = gguf_nemotron_h.config_of(self)
             self._processor: TensorProcessor = gguf_nemotron_h.Processor()
@@ -72,7 +71,6 @@ class GGUFFile:
             self._processor = _processor(self.architecture, self.config)
         with torch.device("meta"):
             self.model = TwoTowerModel(self.config)
-        self._tensors: dict[str, ReaderTensor] = {tensor.name: tensor for tensor in self._reader.tensors}
         self.entries = one_tower_entries(self.model, DiskLayout(*family_of(self.config).roots[0]))
         self._names = self._translate(self.entries)
 
@@ -91,8 +89,20 @@ class GGUFFile:
         """A value of the model's architecture: `value` of "<architecture>.<key>"."""
         return self.value(f"{self.architecture}.{key}", default)
 
+    def own_keys(self) -> Iterable[str]:
+        """The keys that `own` knows."""
+        start = f"{self.architecture}."
+        return (key.removeprefix(start) for key in self._reader.fields if key.startswith(start))
+
     def tensor_names(self) -> Iterable[str]:
-        return (tensor.name for tensor in self._reader.tensors)
+        return self._tensors.keys()
+
+    def values(self, name: str) -> np.ndarray:
+        """The values of a tensor in fp32, as they are in the file."""
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
 
     def _backbone(self) -> JsonObject:
         """The config.json of the model, as transformers translates the metadata."""
@@ -113,16 +123,21 @@ class GGUFFile:
             if token is not None:
                 values[f"{role}_token_id"] = token
         values.pop("_model_name_or_path", None)
-        return values
+        scaling = gguf_rope.scaling_of(self, values)
+        self._scaled = "rope_scaling" in scaling
+        if self.architecture == "phi3":
+            heads, width = (self.own(key) for key in ("attention.head_count", "embedding_length"))
+            assert isinstance(heads, int)
+            assert isinstance(width, int)
+            scaling |= gguf_rope.partial_of(self, width / heads)
+        return values | scaling
 
-    def _check_rope(self) -> None:
+    def _check_factors(self) -> None:
         ignored = [key for key in self._reader.fields if _CHANGES.search(key) and self.value(key) not in ("none", 1.0)]
-        if any(_UNUSED.search(name) for name in self.tensor_names()):
-            ignored.append("rope_freqs.weight")
         if ignored:
             raise ConfigError(
-                f"{self.path}: {ignored[0]} scales the rotary position embedding or a product, and cannot be "
-                "translated to a config.json; convert the original checkpoint"
+                f"{self.path}: {ignored[0]} scales a product, and cannot be translated to a config.json; convert the "
+                "original checkpoint"
             )
 
     # --- tensors --------------------------------------------------------------------------------------------------
@@ -142,7 +157,8 @@ class GGUFFile:
                 missing.append(entry.disk)
             else:
                 names[entry.disk] = found
-        surplus = sorted(set(self._tensors) - set(names.values()))
+        read = set(names.values()) | (gguf_rope.TENSORS if self._scaled else set())
+        surplus = sorted(set(self._tensors) - read)
         if missing or surplus:
             what = f"has no tensor for {missing[0]}" if missing else f"has {surplus[0]}, which the model does not have"
             raise CheckpointError(
