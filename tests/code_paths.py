@@ -43,7 +43,7 @@ PATHS = {
 # Files whose results depend on the instruction set: kernels, packed weights, equality, loading, one benchmark.
 DEPENDENT_FILES = (
     "test_cpu_target", "test_kernels", "test_native", "test_native_backbones", "test_packing", "test_int8", "test_int4",
-    "test_integer",
+    "test_integer", "test_delta_net", "test_fused_adapters", "test_compiled", "test_deterministic",
     "test_fused_cpu", "test_conformance", "test_engine", "test_verified", "test_api", "test_batch_equality",
     "test_state", "test_async_scheduling", "test_constraints", "test_logprobs", "test_bundled", "test_benchmarks",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from code_paths import PATHS, PROPERTY, forced_path, run_path
+from code_paths import DEPENDENT_FILES, PATHS, PROPERTY, forced_path, run_path
 
 from twotower import options
 from twotower.errors import ArgumentError
@@ -162,6 +162,12 @@ def test_code_paths_that_did_not_run_are_named(monkeypatch: pytest.MonkeyPatch) 
     ((name, value),) = said
     assert name == PROPERTY
     assert str(value).startswith("avx2: not covered: ")
+
+
+def test_every_file_with_a_marked_test_runs_under_each_path() -> None:
+    here = Path(__file__).parents[1]
+    marked = {path.stem for path in here.rglob("test_*.py") if "pytest.mark.code_path" in path.read_text("utf-8")}
+    assert marked <= set(DEPENDENT_FILES)
 
 
 # --- Arm --------------------------------------------------------------------------------------------------------------
