@@ -35,6 +35,14 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.a), self.b)
 
+    def add_to(self, out: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+        """out (…, O), the layer's output over x (…, I) → out with the update at positions (…), elsewhere as it is.
+
+        The positions are applied to r values of each token, not to O.
+        """
+        low = F.linear(x, self.a) * positions.reshape(*x.shape[:-1], 1)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.b.t()).view_as(out)
+
 
 class MaskEmbedding(nn.Module):
     """The embedding of the mask token where adapters act. Elsewhere the token has its row of the embedding."""
@@ -64,4 +72,4 @@ def adapted(out: Tensor, x: Tensor, adapter: LowRank | None) -> Tensor:
     positions = _POSITIONS.get()
     if adapter is None or positions is None:
         return out
-    return torch.where(positions.reshape(*out.shape[:-1], 1), out + adapter(x), out)
+    return adapter.add_to(out, x, positions)
