@@ -49,12 +49,19 @@ def write(run: Path, records: list[dict[str, Any]], tail: str = "") -> Path:
     return run
 
 
+def adapters(**changes: Any) -> dict[str, Any]:
+    found = {"masked_nll": 2.0, "agreement": 0.4, "draft_tokens": 2.5, "tokens_per_pass": 1.8, "free_tokens": 2.1}
+    kept = {"texts_kept": 0.7, "ar_accuracy": 0.5, "sample": {k: v for k, v in SAMPLE.items() if k != "trace"}}
+    return {"validation": found | kept | changes}
+
+
 LOGS = {
     "one step": [record(1)],
     "not yet validated": [record(i, 32 if i < 5 else 16) for i in range(1, 9)],
     "denoiser": [record(1), record(2, **denoiser()), record(3), record(4, 8, **denoiser(agreement=0.5))],
     "nothing written": [record(2, **{"validation": {"masked_nll": 3.0, "masked_nll_by_t": {}, "ar_nll": 2.0}})],
     "an empty sample": [record(1, **denoiser(sample=SAMPLE | {"trace": SAMPLE["trace"] | {"tokens": [], "step": []}}))],
+    "adapters": [record(1, **adapters()), record(2, **adapters(accuracy_kept=0.9))],
     "large blocks": [
         record(1, **denoiser(sample=SAMPLE | {"trace": SAMPLE["trace"] | {"block_size": 32, "passes": [6]}}))
     ],

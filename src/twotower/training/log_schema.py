@@ -37,8 +37,8 @@ class Sample(TypedDict, total=False):
 
 
 class Validation(TypedDict, total=False):
-    """Denoiser: masked_nll to tokens_per_pass; adapters: also draft_tokens. Autoregressive model: nll to
-    bits_per_byte_by_source. Both: sample."""
+    """Denoiser: masked_nll to tokens_per_pass; adapters: also draft_tokens to accuracy_kept. Autoregressive model: nll
+    to bits_per_byte_by_source. Both: sample."""
 
     masked_nll: float
     masked_nll_by_t: dict[str, float]
@@ -46,6 +46,10 @@ class Validation(TypedDict, total=False):
     agreement: float
     tokens_per_pass: float
     draft_tokens: float
+    free_tokens: float
+    texts_kept: float
+    ar_accuracy: float
+    accuracy_kept: float
     nll: float
     nll_by_source: dict[str, float]
     bits_per_byte: float

@@ -31,11 +31,13 @@ def validation_figure(records: Records) -> Figure:
     found = [record["validation"] for record in records]
     last = found[-1]
     sample = last.get("sample")
-    small = [name for name in ("agreement", "tokens_per_pass", "bits_per_byte") if name in last]
+    small = [name for name in _SINGLE if any(name in values for values in found)]
     picture: TraceMap | Passage | None = None
     if sample:
         picture = TraceMap.of(sample) if "trace" in sample else Passage.of(sample)
-    height = 4.0 + (2.4 if small else 0.0)
+    columns = min(max(len(small), 1), 3)
+    lines = -(-len(small) // 3)
+    height = 4.0 + 2.4 * lines
     below = picture.height if picture else 0.0
     figure = Figure(figsize=(WIDTH, height + below))
     curves: Figure | SubFigure = figure
@@ -43,20 +45,22 @@ def validation_figure(records: Records) -> Figure:
     if picture:
         halves = figure.add_gridspec(2, 1, height_ratios=[height, below], left=0, right=1, bottom=0, top=1)
         curves, under = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
-    grid = curves.add_gridspec(2 if small else 1, max(len(small), 1), height_ratios=[4.0, 2.4] if small else None)
+    grid = curves.add_gridspec(1 + lines, columns, height_ratios=[4.0] + [2.4] * lines)
     _likelihood(curves.add_subplot(grid[0, :]), steps, found)
     for i, name in enumerate(small):
-        _single(curves.add_subplot(grid[1, i]), name, steps, [number(values, name) for values in found])
+        axis = curves.add_subplot(grid[1 + i // 3, i % 3])
+        _single(axis, name, "draft_tokens" in last, steps, [number(values, name) for values in found])
     if picture and under:
         picture.draw(under, steps[-1])
     return figure
 
 
 def _likelihood(axis: Axes, steps: Sequence[int], found: Sequence[Mapping[str, object]]) -> None:
-    """Held-out loss: of a denoiser by noise level, with the context tower; or of an autoregressive model by source."""
+    """Held-out loss: of a denoiser by noise level, with the context tower; of adapters; or of an autoregressive model
+    by source."""
     import matplotlib
 
-    denoiser = "masked_nll_by_t" in found[-1]
+    denoiser, adapters = "masked_nll_by_t" in found[-1], "draft_tokens" in found[-1]
     group = "masked_nll_by_t" if denoiser else "nll_by_source"
     names = list(numbers(found[-1], group))
     shades: Iterable[ColorType] = itertools.cycle(SOURCES)
@@ -67,17 +71,18 @@ def _likelihood(axis: Axes, steps: Sequence[int], found: Sequence[Mapping[str, o
         values = [numbers(entry, group).get(name, np.nan) for entry in found]
         axis.plot(steps, values, color=shade, marker="o", markersize=3, linewidth=1.6)
         ends.append((values[-1], f"t = {label}" if denoiser else label, shade))
-    whole = "masked_nll" if denoiser else "nll"
-    if denoiser or len(names) > 1:
+    whole = "masked_nll" if denoiser or adapters else "nll"
+    if denoiser or adapters or len(names) > 1:
         values = [number(entry, whole) for entry in found]
         axis.plot(steps, values, color=ORANGE, linewidth=2.2, linestyle=(0, (5, 2)))
-        ends.append((values[-1], "all t < 1" if denoiser else "all", ORANGE))
+        ends.append((values[-1], "all t < 1" if denoiser else "adapters" if adapters else "all", ORANGE))
     if denoiser and "ar_nll" in found[-1]:
         values = [number(entry, "ar_nll") for entry in found]
         axis.plot(steps, values, color="black", linewidth=1.6, linestyle=(0, (1, 1.5)))
         ends.append((values[-1], "context tower, AR", "black"))
     title = "Held-out loss of the denoiser by noise level t" if denoiser else "Held-out loss"
-    axis.set(title=title, ylabel="nats per masked token" if denoiser else "nats per token", xlabel="step")
+    unit = "nats per masked token" if denoiser else "nats per trained column" if adapters else "nats per token"
+    axis.set(title=title, ylabel=unit, xlabel="step")
     fit_steps([axis], steps)
     _name_ends(axis, ends)
 
@@ -131,12 +136,18 @@ def _name_ends(axis: Axes, ends: Sequence[tuple[float, str, ColorType]]) -> None
 _SINGLE = {
     "agreement": ("Agreement with the context tower's greedy choice", "% of masked positions", BLUE, 100.0),
     "tokens_per_pass": ("Tokens per denoiser pass (greedy, threshold 0.8)", "tokens per pass", GREEN, 1.0),
+    "draft_tokens": ("Tokens of a round with one draft", "tokens per round", GREEN, 1.0),
+    "free_tokens": ("Free diffusion at threshold 0.95", "tokens per pass", SKY, 1.0),
+    "texts_kept": ("Texts of free diffusion that are AR's", "% of prompts", PURPLE, 100.0),
+    "accuracy_kept": ("Right answers kept of AR's", "% of AR's", ORANGE, 100.0),
     "bits_per_byte": ("Held-out bits per byte", "bits per byte", GREEN, 1.0),
 }
 
 
-def _single(axis: Axes, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
+def _single(axis: Axes, name: str, adapters: bool, steps: Sequence[int], values: Sequence[float]) -> None:
     title, unit, colour, scale = _SINGLE[name]
+    if adapters and name == "tokens_per_pass":
+        title = "Verified decoding: tokens per pass"
     shown = [scale * value for value in values]
     axis.plot(steps, shown, color=colour, marker="o", markersize=3, linewidth=1.8)
     axis.set(title=title, ylabel=unit, xlabel="step")

@@ -16,6 +16,7 @@ from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.log_schema import Validation
 from twotower.training.noise import Corruption
+from twotower.training.validation.kept import TextsKept
 from twotower.training.validation.samples import shared_prompts, unsharded, write_samples
 
 
@@ -27,6 +28,7 @@ class AdapterValidation:
         after the true text.
     draft_tokens: 1 + the mean number of columns from the left that agree: tokens of a round with such a draft.
     tokens_per_pass, sample: verified decoding of the prompts, one pass a round.
+    free_tokens, texts_kept, ar_accuracy, accuracy_kept: free diffusion of held-out prompts (`kept.TextsKept`).
 
     Args: see `DenoisingValidation`.
 
@@ -64,7 +66,8 @@ class AdapterValidation:
             eos_token_id=eos_token_id,
             seed=0,
         )
-        self.prompts = shared_prompts(model, sources, prompts, self.params, world)
+        self.prompts = shared_prompts(model, sources, prompts, self.params, world, shift=1)
+        self.kept = TextsKept(model, sources, self.params, world, shift=1) if prompts else None
 
     @torch.no_grad()
     def __call__(self, step: int) -> Validation:
@@ -88,6 +91,7 @@ class AdapterValidation:
         if self.prompts:
             with unsharded(self.objective.modules()):
                 record |= write_samples(self.model, self.prompts, self.params, self.world)
+                record |= {} if self.kept is None else self.kept.measure()
         return record
 
     def _compare(self, batch: Batch) -> Tensor:

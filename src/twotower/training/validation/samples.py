@@ -39,13 +39,13 @@ def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
             part.reshard()
 
 
-def cut_prompts(sources: Iterable[Iterable[Batch]], count: int, longest: int) -> list[list[int]]:
+def cut_prompts(sources: Iterable[Iterable[Batch]], count: int, longest: int, shift: int = 0) -> list[list[int]]:
     """Prompts from the first `count` documents, one source after the other in turn.
 
     A document is cut where its prompt ends; without a prompt, after its first half (at most 128 tokens). Prompts
-    longer than `longest` are skipped.
+    longer than `longest` are skipped. shift: of the predictions, the tokens of a prompt that blocks begin with.
     """
-    streams = [(p for batch in batches for p in _prompts(batch) if 0 < len(p) <= longest) for batches in sources]
+    streams = [(p for batch in batches for p in _prompts(batch, shift) if 0 < len(p) <= longest) for batches in sources]
     in_turn = (prompt for prompts in itertools.zip_longest(*streams) for prompt in prompts if prompt)
     return list(itertools.islice(in_turn, count))
 
@@ -57,16 +57,21 @@ def documents(batch: Batch) -> Iterator[tuple[int, Tensor]]:
             yield row, batch.text[row] & (batch.document[row] == number)
 
 
-def _prompts(batch: Batch) -> Iterator[list[int]]:
+def _prompts(batch: Batch, shift: int) -> Iterator[list[int]]:
     for row, columns in documents(batch):
         tokens = batch.tokens[row][columns].tolist()
         given = int(batch.prompt[row][columns].sum())
         if given < len(tokens):  # otherwise the document was cut at the end of a row, within its prompt
-            yield tokens[: given or min(len(tokens) // 2, FIRST_PART)]
+            yield tokens[: given + shift if given else min(len(tokens) // 2, FIRST_PART)]
 
 
 def shared_prompts(
-    model: TwoTowerForCausalLM, sources: Sequence[Sequence[Batch]], count: int, params: GenerationParams, world: World
+    model: TwoTowerForCausalLM,
+    sources: Sequence[Sequence[Batch]],
+    count: int,
+    params: GenerationParams,
+    world: World,
+    shift: int = 0,
 ) -> list[list[int]]:
     """The prompts for all processes, cut from the documents of the first process."""
     room = model.spec.max_position_embeddings - params.max_new_tokens
@@ -75,7 +80,7 @@ def shared_prompts(
             f"max_new_tokens is {params.max_new_tokens}, which leaves no room for a prompt in the context window of "
             f"{room + params.max_new_tokens}; lower max_new_tokens"
         )
-    prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room))
+    prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room, shift))
     if prompts:
         params.check_against(model.spec, list(map(len, prompts)))
     return prompts
