@@ -19,9 +19,10 @@ from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.specs import Mamba2Spec
+from twotower.training.columns import blocks_with_masks
 from twotower.training.data import Batch
 from twotower.training.noise import Corruption
-from twotower.training.objective import DenoisingObjective, DenoisingOptions, blocks_with_masks
+from twotower.training.objective import DenoisingObjective, DenoisingOptions
 
 
 @dataclass(frozen=True)

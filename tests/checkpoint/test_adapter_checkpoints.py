@@ -104,6 +104,8 @@ def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
     assert 0 < found["agreement"] <= 1
     assert 1 <= found["draft_tokens"] <= 4
     assert found["tokens_per_pass"] >= 1
+    assert found["free_tokens"] >= 1
+    assert 0 <= found["texts_kept"] <= 1
     before, after = (load_file(tmp_path / path / "model.safetensors") for path in ("two", "run/model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
@@ -183,7 +185,9 @@ def test_quantization_of_the_denoiser_is_refused(
         assert TwoTowerForCausalLM.from_pretrained(made[1], quantization=allowed).quantization != "none"
 
 
-def test_a_plan_of_adapters_is_refused(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
-    done = cli("train", made[1], "--plan")
-    assert done.code == 2
-    assert "--plan computes memory and hours of a denoiser tower only" in done.err
+def test_a_plan_of_adapters(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
+    done = cli("train", made[1], "--plan", "--gpus", "1")
+    assert done.code == 0, done.err
+    assert "fits" in done.out
+    assert "adapters of rank 4, context tower frozen; targets of" in done.out
+    assert_one_line_error(cli("train", made[1], "--plan", "--tie"), "adapters", "frozen context tower")

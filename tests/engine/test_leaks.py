@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from twotower import TwoTowerForCausalLM
 from twotower.model.packed_forward import Layout
+from twotower.training.columns import blocks_with_masks
 from twotower.training.data import Batch
 from twotower.training.noise import Corruption
-from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, blocks_with_masks
+from twotower.training.objective import AutoregressiveObjective, DenoisingObjective
 
 PATTERNS = ["M", "*", "M*-M"]  # layers whose rounding does not depend on other tokens; experts are tested below
 

@@ -13,7 +13,7 @@ from test_objective import EXACT, same
 from tiny_backbones import CORE, FAMILY_NAMES, SHAPES, VOCAB, slow_but
 from torch import Tensor
 
-from twotower.training import objective as objective_module
+from twotower.training import logits as logits_module
 from twotower.training.objective import AutoregressiveObjective
 
 # Documents longer than every window of `SHAPES`, one of them after padding that fills half a block.
@@ -103,7 +103,7 @@ def test_a_head_in_chunks_has_factor_and_softcap(name: str, monkeypatch: pytest.
     for tower in step.model.towers():
         tower.spec = replace(tower.spec, logit_factor=0.5, logit_softcap=2.0)
     assert deviation(naive_nll(*step, by="extend"), plain) > 0.1
-    monkeypatch.setattr(objective_module, "MAX_LOGITS", 3 * VOCAB)
+    monkeypatch.setattr(logits_module, "MAX_LOGITS", 3 * VOCAB)
     check_by_generation(step, name)
 
 

@@ -25,7 +25,7 @@ from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
 from twotower.model.mamba2 import Mamba2
 from twotower.model.packed_forward import Layout, read_layer, read_mamba
 from twotower.ops.reference.attention import CachedKV
-from twotower.training import objective as objective_module
+from twotower.training import logits as logits_module
 from twotower.training.noise import Corruption, NoiseScope
 from twotower.training.objective import AutoregressiveObjective
 
@@ -217,7 +217,7 @@ def test_the_head_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     step = case("M")
     training = objective(step.model)
     whole = training(step.batch, step.noise, 4)
-    monkeypatch.setattr(objective_module, "MAX_LOGITS", 5 * step.model.config.vocab_size)
+    monkeypatch.setattr(logits_module, "MAX_LOGITS", 5 * step.model.config.vocab_size)
     assert step.noise.masked.sum() > 10
     same(training(step.batch, step.noise, 4), whole, step.model, 1e-12)
 
@@ -228,7 +228,7 @@ def test_rows_of_padding_and_batches_without_masks_are_harmless() -> None:
     batch = packed(rows, 4, seed=1)
     assert (batch.document[-1] == -1).all()
     noise = Corruption(
-        *(torch.cat([v, v[:1] & False if v.dtype == torch.bool else v[:1]]) for v in vars(step.noise).values())
+        *(torch.cat([v, v[:1] & False if v.dtype == torch.bool else v[:1]]) for v in (step.noise.t, step.noise.masked))
     )
     training = objective(step.model, train_context=True, ar_weight=0.3)
     same(training(batch, noise, 4), training(step.batch, step.noise, 4), step.model, 1e-11)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -25,10 +26,11 @@ from twotower.cli.plan_page import render
 from twotower.errors import ArgumentError
 from twotower.families import tower_spec
 from twotower.model.moe import Experts
+from twotower.training.adapter_objective import AdapterObjective, AdapterOptions
 from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
-from twotower.training.planning.flops import autoregressive_step, two_tower_step
+from twotower.training.planning.flops import adapter_step, autoregressive_step, two_tower_step
 from twotower.training.planning.live_bytes import LiveBytes
 from twotower.training.planning.memory import measure_profile
 from twotower.training.planning.meta_ops import GroupedExperts
@@ -36,9 +38,10 @@ from twotower.training.planning.plan import Plan, make_plan, plan_from
 from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.profile import Profile
 from twotower.training.planning.step_memory import memory_of
+from twotower.training.recipe import RecipeChoices
 
 RELEASED = Path(__file__).parents[1] / "golden" / "released"
-BLOCK = 16
+BLOCK, RANK = 16, 6
 slow = pytest.mark.slow
 WIDE = SHAPE | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "intermediate_size": 128}
 
@@ -55,6 +58,12 @@ def objective_of(
         mask_token_id=3, activation_checkpointing=activation_checkpointing, train_context=context != "frozen"
     )
     return DenoisingObjective(model.context, denoiser, model.time, options)
+
+
+def adapters_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> AdapterObjective:
+    """name: of `SHAPES`."""
+    model = two_tower(name, dtype=dtype, rank=RANK)
+    return AdapterObjective(model.context, AdapterOptions(mask_token_id=3, **options))
 
 
 def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Batch, Corruption]:
@@ -99,6 +108,33 @@ def test_flops_are_those_that_torch_counts(pattern: str, activation_checkpointin
         config, 320, 4, activation_checkpointing=activation_checkpointing, train_context=context != "frozen"
     ).total
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["nemotron_h", "llama", "qwen3_next", "qwen2_moe"])
+def test_flops_of_adapters_are_those_that_torch_counts(name: str, activation_checkpointing: bool) -> None:
+    objective = adapters_of(name, activation_checkpointing=activation_checkpointing)
+    batch, noise = rows(1, 320, masked=0.5, block=4)  # adapters act everywhere, and half of the columns are trained
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=SOLVES) as counter:
+        objective(batch, noise, 4).backward()
+    step = adapter_step(
+        objective.tower.spec, RANK, 320, 4, activation_checkpointing=activation_checkpointing, trained_share=159 / 320
+    )
+    assert step.total == pytest.approx(counter.get_total_flops(), rel=1e-6 if not activation_checkpointing else 0.03)
+
+
+def test_flops_of_a_teacher_are_those_that_torch_counts() -> None:
+    model = build_random_model("M*E-", **WIDE)
+    assert model.denoiser is not None
+    assert model.time is not None
+    recipe = RecipeChoices(targets="kl:0.7+tokens:0.3").resolve(gated=False)
+    options = DenoisingOptions(mask_token_id=3, recipe=recipe)
+    objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
+    batch, noise = rows(1, 320, masked=0.5, block=4)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(batch, noise, 4).backward()
+    step = two_tower_step(model.spec, 320, 4, activation_checkpointing=False, teacher=True)
+    assert step.total == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_flops_of_next_token_training_are_those_that_torch_counts() -> None:
@@ -164,6 +200,31 @@ def test_activations_are_those_of_a_real_pass(
         # After the forward pass the context's rotations are freed; the plan counts them until the end.
         rel = 0.01 if pattern in SHAPES else 0.005
         assert measured.fixed + measured.kept(count) + measured.tail.kept == pytest.approx(kept, rel=rel)
+
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_activations_of_adapters_are_those_of_a_real_pass(activation_checkpointing: bool) -> None:
+    objective = adapters_of("nemotron_h", torch.bfloat16, activation_checkpointing=activation_checkpointing)
+    for module in objective.modules():
+        if isinstance(module, Experts):
+            module.__class__ = GroupedExperts
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch, noise = rows(2, 256, masked=1.0)
+    with LiveBytes() as live:
+        objective(batch, noise, BLOCK).backward()
+    measured = measure_profile(
+        objective.tower.spec,
+        row_length=256,
+        micro_batch_size=2,
+        block_size=BLOCK,
+        dtype=torch.bfloat16,
+        activation_checkpointing=activation_checkpointing,
+        adapters=RANK,
+        teacher=True,
+    )
+    assert peak_of(measured) == pytest.approx(live.peak, rel=0.03)
 
 
 @contextmanager
@@ -274,6 +335,23 @@ def test_the_page_names_verdict_and_assumptions(eight: Plan) -> None:
     assert "assumed" in text
     assert max(map(len, text.splitlines())) <= 100
     assert json.loads(json.dumps(eight.to_dict(), allow_nan=False))["memory"]["total"] == eight.memory.total
+
+
+def test_adapters_of_the_released_model_fit_one_gpu() -> None:
+    config = TwoTowerConfig.read(RELEASED)
+    one = plan_from(config, {"gpus": 1, "adapters": 32, "teacher": True})
+    assert one.fits
+    assert one.smallest_gpus == 1
+    assert one.memory.frozen == pytest.approx(2 * one.parameters.frozen, rel=1e-3)  # once, in bf16
+    assert one.memory.weights + one.memory.gradients + one.memory.moments == pytest.approx(
+        16 * one.parameters.trained, rel=1e-3
+    )
+    assert one.parameters.per_tower == pytest.approx(31.58e9, rel=1e-3)
+    assert 20e6 < one.parameters.trained < 40e6
+    text = click.unstyle(render(one))
+    assert "adapters of rank 32" in text
+    assert "on one GPU" in text
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_remedies_come_in_order_and_do_what_they_say() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import click
 
 from twotower.specs import KIND_NAMES, KIND_OF_LETTER
+from twotower.training.planning.flops import adapter_columns
 from twotower.training.planning.plan import UTILISATIONS, Plan
 from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.step_memory import Memory
@@ -36,10 +37,8 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     yield "verdict", list(_verdict(plan))
     yield "run", list(_run(plan.setup))
     count = plan.parameters
-    yield (
-        "parameters",
-        [f"{_big(count.per_tower)} per tower; {_big(count.trained)} trained, {_big(count.frozen)} held frozen"],
-    )
+    tower = f"{_big(count.per_tower)} {'per tower' if plan.setup.adapters is None else 'of the context tower'}"
+    yield "parameters", [f"{tower}; {_big(count.trained)} trained, {_big(count.frozen)} held frozen"]
     yield "memory", [*_memory(plan.memory), *_activations(plan)]
     yield "FLOPs", list(_work(plan))
     yield "traffic", list(_messages(plan))
@@ -49,7 +48,7 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
 
 def _verdict(plan: Plan) -> Iterator[str]:
     setup, used = plan.setup, plan.memory.total
-    where = f"{_gib(used)} of {setup.gpu_memory_gib:g} GiB on each of {setup.gpus} GPUs"
+    where = f"{_gib(used)} of {setup.gpu_memory_gib:g} GiB on {_gpus(setup.gpus)}"
     if plan.fits:
         yield f"fits: {where}"
     else:
@@ -60,20 +59,21 @@ def _verdict(plan: Plan) -> Iterator[str]:
     if plan.smallest_gpus is None:
         yield f"no number of GPUs of this size is enough {rows}"
     else:
-        yield f"smallest number of such GPUs (a multiple of 8): {plan.smallest_gpus}, {rows}"
+        kind = "a multiple of 8" if setup.adapters is None else "1, 2, 4 or a multiple of 8"
+        yield f"smallest number of such GPUs ({kind}): {plan.smallest_gpus}, {rows}"
 
 
 def _run(setup: Setup) -> Iterator[str]:
+    rows = f"{setup.step_rows} row{'s'[: setup.step_rows > 1]} of {setup.row_length} tokens a step"
     yield (
-        f"{setup.step_rows} rows of {setup.row_length} tokens a step ({_big(setup.step_rows * setup.row_length)}), "
+        f"{rows} ({_big(setup.step_rows * setup.row_length)}), "
         f"{setup.micro_batches} × {setup.micro_batch_size} on each GPU; blocks of {setup.block_size}"
     )
-    yield (
-        f"{setup.dtype}; {'with' if setup.activation_checkpointing else 'without'} recomputation; "
-        + {"frozen": "context tower frozen", "trained": "context tower trained too", "tied": "one tied network"}[
-            setup.context
-        ]
-    )
+    towers = {"frozen": "context tower frozen", "trained": "context tower trained too", "tied": "one tied network"}
+    what = f"adapters of rank {setup.adapters}, " if setup.adapters is not None else ""
+    target = "; targets of the AR model" if setup.teacher else ""
+    how = "with" if setup.activation_checkpointing else "without"
+    yield f"{setup.dtype}; {how} recomputation; {what}{towers[setup.context]}{target}"
 
 
 def _memory(memory: Memory) -> Iterator[str]:
@@ -100,16 +100,21 @@ def _activations(plan: Plan) -> Iterator[str]:
 
 def _work(plan: Plan) -> Iterator[str]:
     columns = plan.setup.row_length
-    yield f"{'GFLOP per position':<{_NAME}}{'two towers':>12}{'next-token':>12}"
+    adapters = plan.setup.adapters is not None
+    yield f"{'GFLOP per position':<{_NAME}}{'adapters' if adapters else 'two towers':>12}{'next-token':>12}"
+    teacher = " and teacher" if plan.setup.teacher else ""
+    where = f"trained columns, {adapter_columns(plan.setup.block_size):.0%}" if adapters else "masked positions, half"
     for label, name in (
         ("context tower", "context"),
         ("denoiser", "denoiser"),
-        ("head (two towers: at masked positions, half of all)", "head"),
+        (f"head{teacher} (at {where} of all)", "head"),
         ("time conditioning", "time"),
         ("recomputation", "recomputed"),
         ("total", "total"),
     ):
         two, one = (getattr(step, name) / columns / 1e9 for step in (plan.flops, plan.autoregressive))
+        if two == one == 0:
+            continue
         yield f"{label:<{_NAME}}{two:>12.2f}{one:>12.2f}"
     yield f"{plan.ratio:.2f} times next-token training of one such tower"
 
@@ -132,7 +137,7 @@ def _messages(plan: Plan) -> Iterator[str]:
 def _hours(plan: Plan) -> Iterator[str]:
     low, high = UTILISATIONS
     used = f"{plan.setup.utilisation:.0%} of peak"
-    head = f"for tokens, padding included, on {plan.setup.gpus} GPUs, at"
+    head = f"for tokens, padding included, on {plan.setup.gpus} GPU{'s'[: plan.setup.gpus > 1]}, at"
     yield f"{head:<{_NAME - 12}}{f'{high:.0%}':>12}{used:>14}{f'{low:.0%}':>12}"
     for row in plan.hours:
         cells = (row.fastest, row.hours, row.slowest)
@@ -147,6 +152,10 @@ def _assumed(setup: Setup) -> Iterator[str]:
         f"{setup.bandwidth_gb:g} GB/s into each GPU, overlapping with computation; {setup.reserve_gib:g} GiB reserve; "
         "fused attention. All else is computed from the shapes."
     )
+
+
+def _gpus(count: int) -> str:
+    return "one GPU" if count == 1 else f"each of {count} GPUs"
 
 
 def _duration(hours: float) -> str:

@@ -10,12 +10,13 @@ import click
 
 from twotower import model_loading
 from twotower.cli.deprecated import formerly
-from twotower.cli.train_options import common_options
+from twotower.cli.train_options import RECIPE_NAMES, common_options, recipe_options
 from twotower.errors import ArgumentError, install_command
 from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.training.fsdp import World
+    from twotower.training.recipe import RecipeChoices
     from twotower.training.runs import ValidationInputs
     from twotower.training.trainer import Validate
 
@@ -108,6 +109,7 @@ def pretrain(
     show_default=True,
     help="Weight of the next-token loss of a trained context tower.",
 )
+@recipe_options
 @click.option("--generate/--no-generate", default=True, help="Generate a sample in each validation.")
 @click.option(
     "--plan",
@@ -155,6 +157,9 @@ def train(
     tower is frozen unless you give --train-context or --tie. The result is RUN/model, the log RUN/log.jsonl. Under
     torchrun, the same command trains on many GPUs.
     """
+    from twotower.training.recipe import RecipeChoices
+
+    choices = RecipeChoices(**{name: options.pop(name) for name in RECIPE_NAMES})
     source = str(model_loading.source_of(None if model == "bundled" else model))
     if plan_only:
         figures = {
@@ -165,7 +170,7 @@ def train(
             "utilisation": utilisation,
             "block_size": _only_block_size(stages) if stages else block_size,
         }
-        _show_plan(source, figures, options, as_json)
+        _show_plan(source, figures, options, choices, as_json)
         return
     output = _required_output(output)
     if stages:
@@ -177,8 +182,7 @@ def train(
     from twotower.training.trainer import Stage
 
     course = parse_stages(stages) if stages else (Stage(block_size, steps),)
-    source = str(model_loading.source_of(None if model == "bundled" else model))
-    settings = DenoiserSettings(model=source, stages=course, **options)
+    settings = DenoiserSettings(model=source, stages=course, choices=choices, **options)
     _run_distributed(
         device,
         lambda world: runs.train_denoiser(settings, output, world, _denoiser_validation),
@@ -255,7 +259,13 @@ def _required_output(output: Path | None) -> Path:
     return output
 
 
-def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str, object], as_json: bool) -> None:
+def _show_plan(
+    source: str,
+    figures: Mapping[str, object],
+    options: Mapping[str, object],
+    choices: RecipeChoices,
+    as_json: bool,
+) -> None:
     from twotower.cli.plan_page import render
     from twotower.config import TwoTowerConfig
     from twotower.json_text import to_json
@@ -272,11 +282,9 @@ def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str,
     if _is_given("batch_size"):  # the default is one micro-batch on each GPU
         shared["batch_size"] = options["batch_size"]
     config = TwoTowerConfig.read(Path(source))
-    if config.denoiser.adapters is not None:
-        raise ArgumentError(
-            f"{source}: its denoiser is adapters, and --plan computes memory and hours of a denoiser tower only; give "
-            "--plan a checkpoint without adapters"
-        )
+    own = config.denoiser.adapters
+    shared["adapters"] = None if own is None else own.rank
+    shared["teacher"] = choices.resolve(gated=own is not None).teacher
     plan = plan_from(config, {**figures, **shared})
     click.echo(to_json(plan.to_dict()) if as_json else render(plan))
 

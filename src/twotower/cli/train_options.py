@@ -9,10 +9,70 @@ from pathlib import Path
 import click
 
 from twotower.cli.deprecated import formerly
+from twotower.errors import ArgumentError
 
 DTYPES = ("auto", "bfloat16", "float32", "float64")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
+RECIPES = ("draft", "diffusion", "both")
+BLOCK_STARTS = ("prompt", "anywhere")
+RECIPE_NAMES = ("recipe", "patterns", "clip_levels", "targets", "position_decay", "alignment", "block_starts")
+
+
+def _two_numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in value.split(","))
+    except ValueError:
+        raise ArgumentError(f"clip_levels is {value!r}; give LOW,HIGH, like 0.3,0.8") from None
+    return low, high
+
+
+RECIPE_OPTIONS = (
+    click.option(
+        "--recipe",
+        type=click.Choice(RECIPES),
+        help="Sets the following six options for drafts (verified decoding), for diffusion or for both. "
+        "docs/training.md has the table. [default: as released; adapters: both]",
+    ),
+    click.option(
+        "--patterns",
+        metavar="NAME:WEIGHT+…",
+        help="Mixture of the masks of a block: levels (random, as released), clipped, draft (all masked), prefix, "
+        "complementary (the block twice, with opposite masks).",
+    ),
+    click.option(
+        "--clip-levels",
+        metavar="LOW,HIGH",
+        default="0.3,0.8",
+        show_default=True,
+        callback=_two_numbers,
+        help="Limits of the levels of the pattern clipped.",
+    ),
+    click.option(
+        "--targets",
+        metavar="NAME:WEIGHT+…",
+        help="Mixture of losses: tokens; and against the AR model's distribution kl, tv (total variation), acceptance "
+        "(−ln of the likelihood of acceptance). kl:0.7+tokens:0.3 is an example.",
+    ),
+    click.option(
+        "--position-decay",
+        type=click.FloatRange(0),
+        metavar="D",
+        help="The k-th prediction of a block counts exp(−(k − 1) / D); 0: all count the same.",
+    ),
+    click.option(
+        "--alignment",
+        type=click.FloatRange(0),
+        metavar="WEIGHT",
+        help="Adds WEIGHT · (1 − cosine) of the hidden states of both towers, layer by layer. [default: 0]",
+    ),
+    click.option(
+        "--block-starts",
+        type=click.Choice(BLOCK_STARTS),
+        help="Where the blocks of an answer begin: where its prompt ends; or in half of the texts up to a block later "
+        " [default: prompt; with a recipe or adapters: anywhere]",
+    ),
+)
 
 OPTIONS = (
     click.option(
@@ -155,3 +215,8 @@ OPTIONS = (
 def common_options(command: Callable[..., object]) -> Callable[..., object]:
     """Adds the shared options to a command."""
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), command)
+
+
+def recipe_options(command: Callable[..., object]) -> Callable[..., object]:
+    """Adds the options that say what a denoiser is trained on (`training.recipe`)."""
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(RECIPE_OPTIONS), command)

@@ -27,9 +27,9 @@ from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.model.towers import TwoTowerModel
 from twotower.quantization import Scheme
+from twotower.training.columns import blocks_with_masks
 from twotower.training.data import Batch
 from twotower.training.noise import Corruption, corrupt
-from twotower.training.objective import blocks_with_masks
 from twotower.training.run_tokenizer import encoder_for
 
 

@@ -17,12 +17,12 @@ from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.training.data import Piece, collate
 from twotower.training.data.batch import Batch
 from twotower.training.data.packing import round_up
+from twotower.training.logits import in_chunks
 from twotower.training.noise import Corruption
 from twotower.training.objective import (
     AutoregressiveObjective,
     DenoisingObjective,
     DenoisingOptions,
-    in_chunks,
 )
 
 Item = TypeVar("Item")

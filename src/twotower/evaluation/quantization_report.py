@@ -22,9 +22,10 @@ from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.quantization import TowerName
 from twotower.tokenizer import require_tokenizer
+from twotower.training.columns import blocks_with_masks, next_tokens
 from twotower.training.data import Batch
+from twotower.training.logits import in_chunks
 from twotower.training.noise import Corruption, corrupt
-from twotower.training.objective import blocks_with_masks, in_chunks, next_tokens
 from twotower.training.run_tokenizer import encoder_for
 
 DIFFUSION, VERIFIED = (parse_setting(text) for text in ("diffusion", "verified:draft_steps=1"))

@@ -32,7 +32,7 @@ from twotower.model.tower import Layer, Tower
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import QueryTile, tiled_attention
 from twotower.ops.reference.rope import Rotation, rotation
-from twotower.specs import RopeSpec
+from twotower.specs import COUPLED_KINDS, RopeSpec
 
 TILE = 128  # queries of one attention call; no query of a tile attends to keys after the tile
 KEY_ALIGNMENT = 8  # the first key of a tile is a multiple, as GPU kernels prefer
@@ -47,12 +47,15 @@ class Layout:
     document. A document starts from zero state and does not attend to other documents.
     chosen: (N,), distinct indices, among the blocks of all rows, of the blocks that the denoiser reads; None: all.
     prefix: (N,), the tokens of each chosen block before its first mask, if the denoiser is adapters; None: a tower.
+    copies: how often the denoiser may read a block, with other masks. Its rows are copies·B rows, and `chosen` counts
+    their blocks.
     """
 
     document: Tensor
     block_size: int
     chosen: Tensor | None = None
     prefix: Tensor | None = None
+    copies: int = 1
 
     @cached_property
     def adapted(self) -> Tensor | None:
@@ -60,6 +63,14 @@ class Layout:
         if self.prefix is None:
             return None
         return torch.arange(self.block_size, device=self.prefix.device) >= self.prefix[:, None]
+
+    @cached_property
+    def adapted_columns(self) -> Tensor:
+        """(n,), the columns where adapters act, among the N·L of the chosen blocks; on the meta device all of them."""
+        assert self.adapted is not None
+        if self.adapted.is_meta:
+            return torch.arange(self.adapted.numel(), device="meta")
+        return self.adapted.flatten().nonzero()[:, 0]
 
     @cached_property
     def causal_queries(self) -> Tensor | None:
@@ -123,24 +134,31 @@ class Layout:
         return self._rotations[key]
 
     def select_blocks(self, blocks: Tensor) -> Tensor:
-        """All blocks (B·blocks, …) → the chosen blocks (N, …)."""
-        return blocks if self.chosen is None else blocks.index_select(0, self.chosen)
+        """All blocks (B·blocks, …), or those of all copies (copies·B·blocks, …) → the chosen blocks (N, …)."""
+        if self.chosen is None:
+            return blocks
+        count = len(self.document) * self.blocks
+        return blocks.index_select(0, self.chosen % count if len(blocks) == count else self.chosen)
+
+    def repeat(self, rows: Tensor) -> Tensor:
+        """Rows (B, …) → those of all copies (copies·B, …)."""
+        return rows if self.copies == 1 else rows.repeat(self.copies, *(1,) * (rows.dim() - 1))
 
     def scatter_blocks(self, chosen: Tensor) -> Tensor:
-        """The chosen blocks (N, …) → all blocks (B·blocks, …), 0 in blocks that are not chosen."""
+        """The chosen blocks (N, …) → all blocks (copies·B·blocks, …), 0 in blocks that are not chosen."""
         if self.chosen is None:
             return chosen
-        whole = chosen.new_zeros(len(self.document) * self.blocks, *chosen.shape[1:])
+        whole = chosen.new_zeros(self.copies * len(self.document) * self.blocks, *chosen.shape[1:])
         whole[self.chosen] = chosen  # unlike index_copy, it saves only the indices for the backward pass
         return whole
 
     def to_blocks(self, columns: Tensor) -> Tensor:
-        """Rows (B, S, …) → the chosen blocks (N, L, …)."""
+        """Rows (B, S, …), or those of all copies → the chosen blocks (N, L, …)."""
         return self.select_blocks(columns.unflatten(1, (-1, self.block_size)).flatten(0, 1))
 
     def to_rows(self, chosen: Tensor) -> Tensor:
-        """The chosen blocks (N, L, …) → rows (B, S, …), 0 in blocks that are not chosen."""
-        rows: Tensor = self.scatter_blocks(chosen).unflatten(0, (len(self.document), -1)).flatten(1, 2)
+        """The chosen blocks (N, L, …) → rows (copies·B, S, …), 0 in blocks that are not chosen."""
+        rows: Tensor = self.scatter_blocks(chosen).unflatten(0, (self.copies * len(self.document), -1)).flatten(1, 2)
         return rows
 
     def windows(self, columns: Tensor, taps: int) -> Tensor:
@@ -171,6 +189,7 @@ class Layout:
         to its whole block. With adapters, a query before the first mask attends as in the context tower.
         """
         for lo, hi, keys, same in self._tiles(window):
+            same = self.repeat(same)
             start = torch.arange(lo, hi, device=keys.device) // self.block_size * self.block_size
             past = same & context_visible(keys, start, window)
             own = same[:, :, lo - hi :] & (start[:, None] == start)
@@ -240,14 +259,35 @@ def read_mamba(mixer: Mamba2 | GatedDeltaNet, hidden: Tensor, layout: Layout) ->
     return out, past
 
 
-def denoise_layer(layer: Layer, x: Tensor, past: LayerCache, modulation: Modulation | None, layout: Layout) -> Tensor:
+def denoise_layer(
+    layer: Layer,
+    x: Tensor,
+    past: LayerCache,
+    modulation: Modulation | None,
+    layout: Layout,
+    read: Tensor | None = None,
+) -> Tensor:
     """One denoiser layer over the chosen corrupted blocks x (N, L, H) → the residual stream after it.
 
-    past: the cache that `read_layer` returned for the same layer. modulation: tensors (N, 1, H).
+    past: the cache that `read_layer` returned for the same layer. modulation: tensors (N, 1, H). read: the context
+    tower's residual stream after this layer, if the denoiser is adapters on it: that of the tokens before the first
+    mask, too.
     """
+    if layout.adapted is not None and read is not None and modulation is None and layer.kind not in COUPLED_KINDS:
+        return _denoise_columns(layer, x, read, layout)
     with adapting(layout.adapted):
         out = denoise_mixer(layer.mixer, modulated_norm(x, layer.norm, layer.kind, modulation), past, layout)
     return layer.residual(x, out, modulation)
+
+
+def _denoise_columns(layer: Layer, x: Tensor, read: Tensor, layout: Layout) -> Tensor:
+    """A layer without memory, only at the columns where adapters act; see `denoise_layer`."""
+    at = layout.adapted_columns
+    own = x.flatten(0, 1).index_select(0, at)
+    with adapting(torch.ones_like(at, dtype=torch.bool)):
+        out = layer.mixer(modulated_norm(own, layer.norm, layer.kind, None))
+    places = at // layout.block_size, at % layout.block_size
+    return layout.to_blocks(read).index_put(places, layer.residual(own, out, None))
 
 
 def denoise_mixer(mixer: nn.Module, hidden: Tensor, past: LayerCache, layout: Layout) -> Tensor:
@@ -264,7 +304,7 @@ def denoise_mixer(mixer: nn.Module, hidden: Tensor, past: LayerCache, layout: La
         q, own, gate = mixer.project(hidden, layout.rotation(mixer.rope, hidden.dtype, chosen=True))
         q, k, v = (layout.to_rows(heads.transpose(1, 2)).transpose(1, 2) for heads in (q, *own))
         tiles = layout.denoiser_tiles(mixer.spec.window)
-        heads = tiled_attention(q, past.k, past.v, tiles, (k, v), mixer.options)
+        heads = tiled_attention(q, layout.repeat(past.k), layout.repeat(past.v), tiles, (k, v), mixer.options)
         return mixer.output(layout.to_blocks(heads.transpose(1, 2)), gate)
     if isinstance(mixer, ParallelMixer):
         assert isinstance(past, ParallelCache)

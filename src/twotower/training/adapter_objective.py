@@ -2,11 +2,7 @@
 
 Column c of a block predicts token c + 1 of the document, across the edge of the block too. The tokens before the first
 mask are computed as AR computes them, so only the columns from the first mask on are trained. Their target is a mixture
-of AR's own distribution on the clean text, at the same column, and the text's token:
-
-    loss = w · KL(AR ‖ adapters) + (1 − w) · −ln p(token)
-
-EOS repeated after the end of a document is no text of AR, so its target is the token alone.
+of AR's own distribution on the clean text, at the same column, and the text's token (`targets`).
 """
 
 from __future__ import annotations
@@ -14,29 +10,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
-from twotower.ops.precision import upcast
+from twotower.training.alignment import misalignment
+from twotower.training.columns import (
+    TrainedColumns,
+    blocks_with_masks,
+    position_weights,
+    trained_columns,
+    wanted_columns,
+)
 from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import LayerPair, run_unit
-from twotower.training.noise import Corruption, generator_of
-from twotower.training.objective import in_chunks
-
-BARRED = -1e4  # logit of the mask token: its probability is 0, and its logarithm is finite
+from twotower.training.logits import in_chunks
+from twotower.training.noise import Corruption
+from twotower.training.patterns import draw_masks
+from twotower.training.recipe import ADAPTER_RECIPE, Recipe
+from twotower.training.targets import Examples, log_probabilities, target_losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """How adapters are trained. draft_share: blocks with one token before the masks, as after a refused draft; the
-    others have 1 to L − 1, drawn uniformly. distillation: the weight w of AR's distribution."""
+    """How adapters are trained."""
 
     mask_token_id: int
     seed: int = 0
-    draft_share: float = 0.4
-    distillation: float = 0.7
+    recipe: Recipe = ADAPTER_RECIPE
     activation_checkpointing: bool = False
 
 
@@ -62,19 +63,14 @@ class AdapterObjective(nn.Module):
         return self._tower[0]
 
     def draw_noise(self, batch: Batch, block_size: int) -> Corruption:
-        """Draws the first mask of each block, on the CPU; t is the share of masks."""
-        rows, length = batch.tokens.shape
-        prefix = torch.empty(rows, length // block_size, dtype=torch.long)
-        for i, index in enumerate(batch.index.tolist()):
-            drawn = torch.rand(2, length // block_size, generator=generator_of(self.options.seed, index))
-            spread = 1 + (drawn[1] * max(block_size - 1, 1)).long()
-            prefix[i] = torch.where(drawn[0] < self.options.draft_share, 1, spread)
-        masked = torch.arange(block_size) >= prefix[..., None]
-        return Corruption(masked.float().mean(-1), masked.flatten(1) & batch.denoised)
+        """Draws the masks of each block, on the CPU."""
+        return draw_masks(batch, block_size, self.options.recipe.patterns, seed=self.options.seed, shift=1)
 
-    def targets(self, batch: Batch, noise: Corruption | None) -> int:
+    def targets(self, batch: Batch, noise: Corruption | None) -> float:
         assert noise is not None
-        return int(self._wanted(batch, noise).sum())
+        block_size = batch.tokens.shape[1] // noise.t.shape[1]
+        wanted = wanted_columns(batch, noise, block_size, 1, gated=True)
+        return float(position_weights(wanted, block_size, self.options.recipe.position_decay).sum())
 
     def ar_targets(self, batch: Batch) -> int:
         return 0
@@ -82,62 +78,53 @@ class AdapterObjective(nn.Module):
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
         """Summed loss in nats, a scalar."""
         assert noise is not None
-        hidden, clean, wanted = self.hidden(batch, noise, block_size)
-        tokens = batch.tokens.roll(-1, 1)[wanted]
-        own = batch.text.roll(-1, 1)[wanted]
-        pieces = list(in_chunks(self.tower, hidden, clean, tokens, own))
-        return torch.stack([run_unit(self._loss, len(pieces) > 1, *piece) for piece in pieces]).sum()
+        wanted = wanted_columns(batch, noise, block_size, 1, gated=True)
+        columns = trained_columns(batch, wanted, 1)
+        hidden, clean, apart = self.hidden(batch, noise, block_size, columns)
+        recipe, mask_token = self.options.recipe, self.options.mask_token_id
+        examples = Examples(hidden, clean, columns.token, columns.known)
+        losses = target_losses(recipe.targets, self.tower, self.tower, mask_token, examples)
+        if apart is not None:
+            losses = losses + recipe.alignment * apart
+        if recipe.position_decay:
+            losses = losses * position_weights(wanted, block_size, recipe.position_decay)[wanted].to(losses.dtype)
+        return losses.sum()
 
-    def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """→ final hidden states at the trained columns (n, H), of the adapted and of the plain tower, and these columns
-        (B, S)."""
-        wanted = self._wanted(batch, noise)
-        blocks = noise.masked.unflatten(1, (-1, block_size)).flatten(0, 1)
-        chosen = blocks.any(-1).nonzero()[:, 0]
-        prefix = (~blocks[chosen]).long().cumprod(1).sum(1)
-        layout = Layout(batch.document, block_size, chosen, prefix)
-        tokens = batch.tokens.masked_fill(noise.masked, self.options.mask_token_id)
+    def hidden(
+        self, batch: Batch, noise: Corruption, block_size: int, columns: TrainedColumns
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """→ final hidden states at the trained columns (n, H), of the adapted and of the plain tower; and with
+        alignment the mean 1 − cosine (n,) of all layers."""
+        masks = noise.stacked
+        chosen = blocks_with_masks(masks, block_size)
+        prefix = (~masks.masked.unflatten(1, (-1, block_size)).flatten(0, 1)[chosen]).long().cumprod(1).sum(1)
+        layout = Layout(batch.document, block_size, chosen, prefix, noise.copies)
+        tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
         with torch.no_grad():
             clean = self.tower.embed(batch.tokens)
         noisy = self.tower.embed(layout.to_blocks(tokens), layout.adapted)
+        apart = []
         for unit in self.units:
             read, noisy = run_unit(unit, self.options.activation_checkpointing, clean, noisy, None, layout)
             clean = read if read is not None else clean
-        return self.norm_f(layout.to_rows(noisy)[wanted]), self.norm_f(clean[wanted]), wanted
+            if self.options.recipe.alignment:
+                apart.append(misalignment(noisy, clean, layout, columns))
+        own = self.norm_f(layout.to_rows(noisy).flatten(0, 1)[columns.at])
+        plain = self.norm_f(clean.flatten(0, 1)[columns.clean_at])
+        return own, plain, torch.stack(apart).mean(0) if apart else None
 
     def agreement(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
         """→ (B, S) trained columns whose most likely token is that of the AR model, and (B, S) all trained columns.
 
         Register this method with `register_fsdp_forward_method`: FSDP then treats it as a forward pass.
         """
-        hidden, clean, wanted = self.hidden(batch, noise, block_size)
+        wanted = wanted_columns(batch, noise, block_size, 1, gated=True)
+        hidden, clean, _ = self.hidden(batch, noise, block_size, trained_columns(batch, wanted, 1))
         agrees = torch.zeros_like(wanted)
         agrees[wanted] = torch.cat(
-            [
-                self._log_probabilities(own).argmax(-1) == self._log_probabilities(teacher).argmax(-1)
-                for own, teacher in in_chunks(self.tower, hidden, clean)
-            ]
+            [self._choice(own) == self._choice(teacher) for own, teacher in in_chunks(self.tower, hidden, clean)]
         )
         return agrees, wanted
 
-    def _wanted(self, batch: Batch, noise: Corruption) -> Tensor:
-        """(B, S), the trained columns: masks with a next token in their document."""
-        same = batch.document == batch.document.roll(-1, 1)
-        same[:, -1] = False
-        return noise.masked & same
-
-    def _loss(self, hidden: Tensor, clean: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
-        """Final hidden states (n, H), target tokens (n,), whether they are text (n,) → the summed loss."""
-        found = self._log_probabilities(hidden)
-        token_loss = F.nll_loss(found, tokens, reduction="none")
-        with torch.no_grad():
-            teacher = self._log_probabilities(clean)
-        distance = (teacher.exp() * (teacher - found)).sum(-1)
-        weight = self.options.distillation * own.to(found.dtype)
-        return (weight * distance + (1 - weight) * token_loss).sum()
-
-    def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Final hidden states (n, H) → ln p (n, V) without the mask token."""
-        logits = upcast(self.tower.logits(hidden))
-        mask = torch.tensor([self.options.mask_token_id], device=logits.device)
-        return logits.index_fill(-1, mask, BARRED).log_softmax(-1)
+    def _choice(self, hidden: Tensor) -> Tensor:
+        return log_probabilities(self.tower, hidden, self.options.mask_token_id).argmax(-1)

@@ -121,6 +121,8 @@ def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype:
         if buffer.device.type != "meta":
             buffer.data = buffer.data.to(world.device)
     whole = {parameter for name, parameter in objective.named_parameters() if keeps_fp32(name)}
+    if world.size == 1:  # frozen weights are used as they are stored, without a gathered copy
+        whole |= {parameter for parameter in objective.parameters() if not parameter.requires_grad}
     shard_one = partial(
         fully_shard,
         mesh=world.mesh,

@@ -55,7 +55,8 @@ class LayerPair(nn.Module):
         if self.runs_context:
             with torch.set_grad_enabled(self.train_context and torch.is_grad_enabled()):
                 read, past = read_layer(self.context, clean, layout)
-        return read, denoise_layer(self.denoiser, noisy, past, modulation, layout)
+        same = read if self.denoiser is self.context else None
+        return read, denoise_layer(self.denoiser, noisy, past, modulation, layout, same)
 
 
 def pair_layers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,16 +21,37 @@ NOISE_SCOPES: tuple[str, ...] = get_args(NoiseScope)
 
 @dataclass(frozen=True)
 class Corruption:
-    """t (B, blocks): noise level of each block, fp32. masked (B, S): positions that become the mask token."""
+    """t (B, blocks): noise level of each block, fp32. masked (B, S): positions that become the mask token.
+
+    pair: further masks of the same rows; the denoiser reads a block again that has masks there (`patterns`).
+    """
 
     t: Tensor
     masked: Tensor
+    pair: Corruption | None = None
 
     def to(self, device: torch.device) -> Corruption:
-        return Corruption(self.t.to(device), self.masked.to(device))
+        return self._each(lambda part: part.to(device))
 
     def rows(self, part: slice) -> Corruption:
-        return Corruption(self.t[part], self.masked[part])
+        return self._each(lambda whole: whole[part])
+
+    @property
+    def copies(self) -> int:
+        """How often the denoiser may read a block."""
+        return 1 if self.pair is None else 1 + self.pair.copies
+
+    @property
+    def stacked(self) -> Corruption:
+        """All masks as rows (copies·B, S): those of `pair` follow."""
+        if self.pair is None:
+            return self
+        further = self.pair.stacked
+        return Corruption(torch.cat([self.t, further.t]), torch.cat([self.masked, further.masked]))
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Corruption:
+        pair = None if self.pair is None else self.pair._each(function)
+        return Corruption(function(self.t), function(self.masked), pair)
 
 
 def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corruption:

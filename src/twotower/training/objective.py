@@ -5,23 +5,34 @@ Both return summed losses. The trainer divides by the number of targets over all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
+from twotower.training.alignment import misalignment
+from twotower.training.columns import (
+    TrainedColumns,
+    blocks_with_masks,
+    next_tokens,
+    position_weights,
+    trained_columns,
+    wanted_columns,
+)
 from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import AutoregressiveLayer, pair_layers, run_unit
-from twotower.training.noise import Corruption, NoiseScope, corrupt
+from twotower.training.logits import negative_log_likelihood
+from twotower.training.noise import Corruption, NoiseScope
+from twotower.training.patterns import draw_masks
+from twotower.training.recipe import AS_RELEASED, Recipe
+from twotower.training.targets import Examples, target_losses
 
 Result = TypeVar("Result")
-MAX_LOGITS = 2**26  # 256 MB in fp32; more logits are computed in chunks, and recomputed in the backward pass
 
 
 class Objective(Protocol):
@@ -32,8 +43,8 @@ class Objective(Protocol):
     def draw_noise(self, batch: Batch, block_size: int) -> Corruption | None:
         """Draws the noise of a batch, on the CPU."""
 
-    def targets(self, batch: Batch, noise: Corruption | None) -> int:
-        """The number of targets, by which the trainer divides the summed loss."""
+    def targets(self, batch: Batch, noise: Corruption | None) -> float:
+        """The number of targets, or the sum of their weights, by which the trainer divides the summed loss."""
 
     def ar_targets(self, batch: Batch) -> int:
         """The number of targets of the additional next-token loss; 0: there is no such loss."""
@@ -87,6 +98,7 @@ class DenoisingOptions:
     bound on −ln p instead of the mean over masked positions. train_context: the context tower is trained too, through
     its keys, values and Mamba states. ar_weight: with train_context, weight of the context tower's next-token loss.
     activation_checkpointing: keep only the two residual streams of each layer. time: the denoiser is conditioned on t.
+    shift: column c of a block predicts token c + shift.
     """
 
     mask_token_id: int
@@ -97,10 +109,16 @@ class DenoisingOptions:
     ar_weight: float = 0.0
     activation_checkpointing: bool = False
     time: bool = True
+    shift: int = 0
+    recipe: Recipe = AS_RELEASED
+
+    def __post_init__(self) -> None:
+        if self.elbo:
+            self.recipe.check_likelihood_bound()
 
 
 class DenoisingObjective(nn.Module):
-    """Cross-entropy of the true tokens at masked positions, over all blocks at once.
+    """Cross-entropy of the true tokens at masked positions, over all blocks at once; or another recipe's loss.
 
     The context tower reads the clean rows, without its head and, if frozen, without gradients. context and denoiser
     may be the same tower; then train_context must be set. Sets which parameters require gradients.
@@ -124,7 +142,7 @@ class DenoisingObjective(nn.Module):
             list(context.all_layers()),
             list(denoiser.all_layers()),
             train_context=options.train_context,
-            all_context_layers=options.ar_weight > 0,
+            all_context_layers=options.ar_weight > 0 or options.recipe.teacher,
         )
         self.units = nn.ModuleList(pairs)
         self.options = options
@@ -141,11 +159,15 @@ class DenoisingObjective(nn.Module):
         return self._towers[1]
 
     def draw_noise(self, batch: Batch, block_size: int) -> Corruption:
-        return corrupt(batch, block_size, self.options.seed, self.options.scope)
+        own = self.options
+        return draw_masks(batch, block_size, own.recipe.patterns, seed=own.seed, scope=own.scope, shift=own.shift)
 
-    def targets(self, batch: Batch, noise: Corruption | None) -> int:
+    def targets(self, batch: Batch, noise: Corruption | None) -> float:
         assert noise is not None
-        return int((batch.denoised if self.options.elbo else noise.masked).sum())
+        if self.options.elbo:
+            return int(batch.denoised.sum())
+        block_size = batch.tokens.shape[1] // noise.t.shape[1]
+        return float(self._weights(self._wanted(batch, noise, block_size), block_size).sum())
 
     def ar_targets(self, batch: Batch) -> int:
         return int(next_tokens(batch).sum()) if self.options.ar_weight else 0
@@ -153,39 +175,37 @@ class DenoisingObjective(nn.Module):
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
         """Summed loss in nats, a scalar."""
         assert noise is not None
-        nll, clean = self.denoise(batch, noise, block_size)
+        wanted = self._wanted(batch, noise, block_size)
+        columns = trained_columns(batch, wanted, self.options.shift)
+        hidden, clean, apart = self._streams(batch, noise, block_size, columns)
+        losses = self._losses(hidden[wanted], clean, columns)
+        if apart is not None:
+            losses = losses + self.options.recipe.alignment * apart
         if self.options.elbo:
-            nll = nll / noise.t.repeat_interleave(block_size, 1)[noise.masked]
-        loss = nll.sum()
+            losses = losses / noise.t.repeat_interleave(block_size, 1)[wanted]
+        if self.options.recipe.position_decay:
+            losses = losses * self._weights(wanted, block_size)[wanted].to(losses.dtype)
+        loss = losses.sum()
         if self.options.ar_weight:
-            wanted = next_tokens(batch)
-            hidden = self.context_norm_f(clean[:, :-1][wanted])
-            ar = negative_log_likelihood(self.context, hidden, batch.tokens[:, 1:][wanted]).sum()
             # The ratio makes the weight relative to the mean denoising loss, however many positions are masked.
             if ratio is None:
                 ratio = self.targets(batch, noise) / max(self.ar_targets(batch), 1)
-            loss = loss + self.options.ar_weight * ratio * ar
+            loss = loss + self.options.ar_weight * ratio * self._next_token_loss(batch, clean)
         return loss
 
     def denoise(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
-        """→ −ln p (N,) of the true tokens at masked positions, row by row; and the context tower's residual stream."""
-        hidden, clean = self.hidden(batch, noise, block_size)
-        return negative_log_likelihood(self.denoiser, hidden[noise.masked], batch.tokens[noise.masked]), clean
+        """→ −ln p (N,) of the true tokens at trained columns, row by row; and the context tower's residual stream."""
+        wanted = self._wanted(batch, noise, block_size)
+        tokens = trained_columns(batch, wanted, self.options.shift).token
+        hidden, clean, _ = self._streams(batch, noise, block_size)
+        return negative_log_likelihood(self.denoiser, hidden[wanted], tokens), clean
 
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
-        """→ the denoiser's final hidden states (B, S, H), and the context tower's residual stream (B, S, H).
+        """→ the denoiser's final hidden states (copies·B, S, H), and the context tower's residual stream (B, S, H).
 
         The hidden states of blocks without a masked position are 0.
         """
-        layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
-        change = self._modulations(noise, layout)
-        with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
-            clean = self.context.embed(batch.tokens)
-        noisy = self._embed_corrupted(batch, noise, layout)
-        for i, unit in enumerate(self.units):
-            read, noisy = run_unit(unit, self.options.activation_checkpointing, clean, noisy, change[i], layout)
-            clean = clean if read is None else read
-        return layout.to_rows(self.norm_f(noisy)), clean
+        return self._streams(batch, noise, block_size)[:2]
 
     def with_hidden(
         self, batch: Batch, noise: Corruption, block_size: int, function: Callable[[Tensor, Tensor], Result]
@@ -196,50 +216,46 @@ class DenoisingObjective(nn.Module):
         """
         return function(*self.hidden(batch, noise, block_size))
 
-    def _embed_corrupted(self, batch: Batch, noise: Corruption, layout: Layout) -> Tensor:
-        tokens = batch.tokens.masked_fill(noise.masked, self.options.mask_token_id)
-        return self.denoiser.embed(layout.to_blocks(tokens))
+    def _streams(
+        self, batch: Batch, noise: Corruption, block_size: int, columns: TrainedColumns | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """→ the results of `hidden`; and with alignment the mean 1 − cosine (n,) of all layers, at these columns."""
+        masks = noise.stacked
+        chosen = blocks_with_masks(masks, block_size)
+        layout = Layout(batch.document, block_size, chosen, copies=noise.copies)
+        change = self._modulations(masks, layout)
+        with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
+            clean = self.context.embed(batch.tokens)
+        tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
+        noisy = self.denoiser.embed(layout.to_blocks(tokens))
+        apart = []
+        for i, unit in enumerate(self.units):
+            read, noisy = run_unit(unit, self.options.activation_checkpointing, clean, noisy, change[i], layout)
+            clean = clean if read is None else read
+            if columns is not None and self.options.recipe.alignment:
+                apart.append(misalignment(noisy, clean, layout, columns))
+        return layout.to_rows(self.norm_f(noisy)), clean, torch.stack(apart).mean(0) if apart else None
 
-    def _modulations(self, noise: Corruption, layout: Layout) -> Sequence[Modulation | None]:
-        return self.time(layout.select_blocks(noise.t.flatten())) if self.options.time else [None] * len(self.units)
+    def _losses(self, hidden: Tensor, clean: Tensor, columns: TrainedColumns) -> Tensor:
+        """Final hidden states (n, H) of the denoiser, residual stream (B, S, H) of the context tower → losses (n,)."""
+        if not self.options.recipe.targets.teacher:
+            return negative_log_likelihood(self.denoiser, hidden, columns.token)
+        with torch.no_grad():
+            known = self.context_norm_f(clean.flatten(0, 1)[columns.clean_at])
+        examples = Examples(hidden, known, columns.token, columns.known)
+        mask_token = self.options.mask_token_id
+        return target_losses(self.options.recipe.targets, self.denoiser, self.context, mask_token, examples)
 
+    def _next_token_loss(self, batch: Batch, clean: Tensor) -> Tensor:
+        wanted = next_tokens(batch)
+        hidden = self.context_norm_f(clean[:, :-1][wanted])
+        return negative_log_likelihood(self.context, hidden, batch.tokens[:, 1:][wanted]).sum()
 
-def blocks_with_masks(noise: Corruption, block_size: int) -> Tensor:
-    """(N,) numbers of the blocks with a masked position, counted through all rows."""
-    return torch.unflatten(noise.masked, 1, (-1, block_size)).any(-1).flatten().nonzero()[:, 0]
+    def _wanted(self, batch: Batch, noise: Corruption, block_size: int) -> Tensor:
+        return wanted_columns(batch, noise, block_size, self.options.shift)
 
+    def _weights(self, wanted: Tensor, block_size: int) -> Tensor:
+        return position_weights(wanted, block_size, self.options.recipe.position_decay)
 
-def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
-    """(B, S − 1) True where position i + 1 is the next token of the document at position i.
-
-    prompts: False leaves out next tokens inside a prompt.
-    """
-    same = batch.document[:, 1:] == batch.document[:, :-1]
-    wanted = batch.text[:, 1:] & batch.text[:, :-1] & same
-    return wanted if prompts else wanted & ~batch.prompt[:, 1:]
-
-
-def negative_log_likelihood(tower: Tower, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Final hidden states (N, H) of a tower, tokens (N,) → −ln p (N,) in nats, at least fp32.
-
-    More than MAX_LOGITS logits are computed in chunks, which are recomputed in the backward pass.
-    """
-    chunks = list(in_chunks(tower, hidden, tokens))
-    if len(chunks) == 1:
-        return _nll(tower, hidden, tokens)
-    return torch.cat([run_unit(_nll, True, tower, h, y) for h, y in chunks])
-
-
-def in_chunks(tower: Tower, *parts: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Splits tensors of N positions, such as hidden (N, H), into chunks, at least one, of at most MAX_LOGITS logits."""
-    at_once = positions_at_once(tower.spec.vocab_size)
-    yield from zip(*(part.split(at_once) for part in parts), strict=True)
-
-
-def positions_at_once(vocab_size: int) -> int:
-    """The number of positions whose logits are in memory at once."""
-    return max(MAX_LOGITS // vocab_size, 1)
-
-
-def _nll(tower: Tower, hidden: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(tower.logits(hidden), tokens, reduction="none")
+    def _modulations(self, masks: Corruption, layout: Layout) -> Sequence[Modulation | None]:
+        return self.time(layout.select_blocks(masks.t.flatten())) if self.options.time else [None] * len(self.units)

@@ -9,6 +9,7 @@ from typing import Literal
 from twotower.errors import ArgumentError
 from twotower.training.noise import NoiseScope
 from twotower.training.optimizer import Schedule
+from twotower.training.recipe import AS_USUAL, RecipeChoices
 from twotower.training.trainer import Stage
 
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
@@ -113,7 +114,7 @@ class DenoiserSettings(RunSettings):
     """Training of the denoiser of a two-tower checkpoint.
 
     noise: what shares one noise level. offset: blocks begin at a random position of a text, or at its start. tie: one
-    network for both towers. train_context, ar_weight, elbo: see `objective.DenoisingOptions`.
+    network for both towers. train_context, ar_weight, elbo: see `objective.DenoisingOptions`. choices: of the recipe.
     generate: validation also generates; then each process holds the whole model for a short time.
     """
 
@@ -125,15 +126,26 @@ class DenoiserSettings(RunSettings):
     tie: bool = False
     ar_weight: float = 0.0
     generate: bool = True
+    choices: RecipeChoices = AS_USUAL
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        recipe = self.choices.resolve(gated=False)
+        if self.elbo:
+            recipe.check_likelihood_bound()
         if self.ar_weight < 0:
             raise ArgumentError(f"ar_weight is {self.ar_weight}; give 0 or more")
         if self.ar_weight and not (self.train_context or self.tie):
             raise ArgumentError(
                 "ar_weight has no effect on a frozen context tower; add --train-context or --tie, or give 0"
             )
+
+    def fixed(self) -> dict[str, object]:
+        """Only choices that were made: runs of earlier versions have none."""
+        fields = super().fixed()
+        chosen, usual = (asdict(choices) for choices in (self.choices, AS_USUAL))
+        del fields["choices"]
+        return fields | {name: value for name, value in chosen.items() if value != usual[name]}
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:

@@ -22,6 +22,7 @@ from twotower.training.adapter_objective import AdapterObjective, AdapterOptions
 from twotower.training.data import Batch
 from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
+from twotower.training.recipe import Recipe
 from twotower.training.run_data import open_held_out, open_loader, open_sources
 from twotower.training.run_settings import DenoiserSettings, PretrainSettings, RunSettings
 from twotower.training.run_tokenizer import encoder_for, set_special_token_ids, tokenizer_of_run
@@ -148,14 +149,16 @@ def _train_denoiser(
     if tokenizer is None:
         raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")
     encoder = encoder_for(tokenizer, config, defaults)
-    if config.denoiser.adapters is not None:
-        encoder.shift_blocks(settings.stages[-1].block_size)
+    adapters = config.denoiser.adapters is not None
+    recipe, shift = settings.choices.resolve(gated=adapters), int(adapters)
     sources, held_out = open_sources(settings)
-    loader = open_loader(settings, sources, encoder, settings.offset, world)
+    encoder.place_blocks(shift)
     batches = open_held_out(settings, held_out, encoder, world)
+    encoder.place_blocks(shift, settings.stages[-1].block_size if recipe.block_starts == "anywhere" else 1)
+    loader = open_loader(settings, sources, encoder, settings.offset, world)
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
-    objective = _adapter_objective(model, settings) if model.has_adapters else _denoising_objective(model, settings)
+    objective = (_adapter_objective if adapters else _denoising_objective)(model, settings, recipe)
     _set_determinism(settings)
     dtype = compute_dtype(settings.dtype, world.device)
     shard(objective, objective.units, world, dtype)
@@ -183,7 +186,7 @@ def _train_denoiser(
     return directory / "model"
 
 
-def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings) -> DenoisingObjective:
+def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings, recipe: Recipe) -> DenoisingObjective:
     assert model.denoiser is not None
     assert model.time is not None
     if settings.tie:
@@ -196,15 +199,17 @@ def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings)
         train_context=settings.train_context or settings.tie,
         ar_weight=settings.ar_weight,
         activation_checkpointing=settings.activation_checkpointing,
+        recipe=recipe,
     )
     return DenoisingObjective(model.context, model.denoiser, model.time, options)
 
 
-def _adapter_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings) -> AdapterObjective:
+def _adapter_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings, recipe: Recipe) -> AdapterObjective:
     options = AdapterOptions(
         mask_token_id=model.config.mask_token,
         seed=settings.seed,
         activation_checkpointing=settings.activation_checkpointing,
+        recipe=recipe,
     )
     return AdapterObjective(model.context, options)
 

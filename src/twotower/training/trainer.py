@@ -176,7 +176,7 @@ def _step(
     return {
         "step": step + 1,
         "loss": loss,
-        "targets": int(targets),
+        "targets": round(targets),
         "tokens": tokens,
         "lr": lr,
         "grad_norm": norm,

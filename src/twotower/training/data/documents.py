@@ -78,7 +78,7 @@ class Encoder:
         self.eos_token_id, self.mask_token_id = eos_token_id, mask_token_id
         self.bos_token_id, self.pad_token_id = bos_token_id, pad_token_id
         self.add_eos = add_eos
-        self._spread: int | None = None
+        self._shift, self._spread = 0, 1
         special = {"eos": eos_token_id, "mask": mask_token_id, "bos": bos_token_id, "pad": pad_token_id}
         for name, token in special.items():
             if token is not None and not 0 <= token < vocab_size:
@@ -95,19 +95,21 @@ class Encoder:
                 "use the tokenizer that belongs to the model"
             )
 
-    def shift_blocks(self, spread: int) -> None:
-        """Documents for adapters: blocks begin at the last token of a prompt, and may begin anywhere in the text.
+    def place_blocks(self, shift: int, spread: int = 1) -> None:
+        """Where blocks begin in the following documents.
 
-        In half of the documents they begin there, in the others up to spread − 1 tokens later, by a hash of the text.
+        shift: of the predictions; with 1, blocks begin at the last token of a prompt. spread: in half of the documents
+        blocks begin there, in the others up to spread − 1 tokens later, by a hash of the text.
         """
-        self._spread = spread
+        self._shift, self._spread = shift, spread
 
     def _context(self, given: int, tokens: np.ndarray) -> int:
-        if self._spread is None:
+        if self._spread == 1 and not self._shift:
             return given
         drawn = zlib.crc32(tokens.tobytes())
         later = 0 if drawn % 2 else drawn // 2 % self._spread
-        return max(min(given + later - 1, len(tokens) - 3), 0)
+        start = max(min(given + later, len(tokens) - 3 + self._shift), given)  # at least three tokens are left
+        return max(start - self._shift, 0)
 
     def encode(self, record: Record) -> Document:
         """Encodes one record.

@@ -11,8 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
 from twotower.model.conditioning import SINUSOID_SIZE
+from twotower.model.linear import Linear
 from twotower.model.packed_forward import tile_bounds
+from twotower.model.tower import build_mixer
 from twotower.specs import (
     COUPLED_KINDS,
     AttentionSpec,
@@ -24,7 +28,7 @@ from twotower.specs import (
     ParallelSpec,
     TowerSpec,
 )
-from twotower.training.objective import positions_at_once
+from twotower.training.logits import positions_at_once
 
 MASKED_SHARE = 0.5  # of the positions, on average, because t is uniform
 
@@ -35,12 +39,14 @@ class LayerWork:
 
     last: of the last product, which activation checkpointing does not recompute at the end of a unit. cache_backward:
     backward FLOPs of the keys, values and states that the denoiser reads; a last context layer has no other ones.
+    dense: forward FLOPs of the products with weights.
     """
 
     forward: float
     backward: float
     last: float
-    cache_backward: float = 0.0
+    cache_backward: float
+    dense: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +71,14 @@ def two_tower_step(
     *,
     activation_checkpointing: bool,
     train_context: bool = False,
+    teacher: bool = False,
 ) -> StepFlops:
-    """FLOPs of the denoising objective: the context layers that are run, the denoiser, the head at masked positions."""
+    """FLOPs of the denoising objective: the context layers that are run, the denoiser, the head at masked positions.
+
+    teacher: all context layers are run, and the context's head at masked positions.
+    """
     layers = spec.layers
-    last = max((i for i, layer in enumerate(layers) if layer.kind in COUPLED_KINDS), default=-1)
+    last = max((i for i, layer in enumerate(layers) if layer.kind in COUPLED_KINDS or teacher), default=-1)
     reading = [layer_work(layer, spec, row_length, block_size, "context") for layer in layers[: last + 1]]
     role = "coupled denoiser" if train_context else "denoiser"
     denoising = [layer_work(layer, spec, row_length, block_size, role) for layer in layers]
@@ -76,10 +86,53 @@ def two_tower_step(
     return StepFlops(
         context=sum(work.forward for work in reading) + (_context_backward(reading) if train_context else 0.0),
         denoiser=sum(work.forward + work.backward for work in denoising),
-        head=_head(spec, row_length * MASKED_SHARE),
+        head=_head(spec, row_length * MASKED_SHARE, teacher=teacher),
         time=_time(spec.hidden_size, row_length // block_size),
         recomputed=forward if activation_checkpointing else 0.0,
     )
+
+
+def adapter_step(
+    spec: TowerSpec,
+    rank: int,
+    row_length: int,
+    block_size: int,
+    *,
+    activation_checkpointing: bool,
+    teacher: bool = True,
+    trained_share: float | None = None,
+) -> StepFlops:
+    """FLOPs of the objective of adapters, which act everywhere in a block. Frozen weights have no gradient.
+
+    trained_share: of the columns; None: of the patterns that adapters are trained with by default.
+    """
+    share = adapter_columns(block_size) if trained_share is None else trained_share
+    forward = backward = reading = 0.0
+    for layer in spec.layers:
+        reading += layer_work(layer, spec, row_length, block_size, "context").forward
+        work = layer_work(layer, spec, row_length, block_size, "denoiser")
+        added = 2.0 * row_length * rank * adapted_width(layer, spec)
+        forward += work.forward + added
+        backward += work.backward - work.dense + 2 * added
+    return StepFlops(
+        context=reading,
+        denoiser=forward + backward,
+        head=_head(spec, row_length * share, teacher=teacher, frozen=True),
+        time=0.0,
+        recomputed=reading + forward if activation_checkpointing else 0.0,
+    )
+
+
+def adapter_columns(block_size: int) -> float:
+    """The share of columns that adapters are trained at, with the patterns draft 0.4 and prefix 0.6."""
+    return 0.4 * (block_size - 1) / block_size + 0.6 / 2
+
+
+def adapted_width(layer: LayerSpec, tower: TowerSpec) -> int:
+    """The sum of inputs and outputs of the linear layers of a layer that have adapters."""
+    with torch.device("meta"):
+        mixer = build_mixer(layer, tower)
+    return sum(m.in_features + m.out_features for m in mixer.modules() if isinstance(m, Linear) and m.out_features > 1)
 
 
 def _context_backward(reading: list[LayerWork]) -> float:
@@ -118,19 +171,23 @@ def layer_work(layer: LayerSpec, tower: TowerSpec, row_length: int, block_size: 
                 attention.backward + mamba.backward,
                 mamba.last,
                 attention.cache_backward + mamba.cache_backward,
+                attention.dense + mamba.dense,
             )
         case AttentionSpec():
             queries, keys = (heads * mixer.head_dim for heads in (mixer.num_heads, mixer.num_kv_heads))
             seen = _attended(tokens, block_size, mixer.window, own=role != "context")
             out = 2.0 * tokens * hidden * queries
             projected = queries * (2 if mixer.output_gate else 1) + 2 * keys
-            forward = out + 2.0 * tokens * hidden * projected + 4.0 * queries * seen
+            dense = out + 2.0 * tokens * hidden * projected
+            forward = dense + 4.0 * queries * seen
             past = 2 * 2.0 * tokens * hidden * 2 * keys
         case MoESpec():
             out, forward = _moe(mixer, hidden, tokens)
+            dense = forward - 2.0 * tokens * mixer.top_k * (mixer.latent or hidden)  # without the weighted sum
         case MLPSpec():
             out, forward = _mlp(mixer, hidden, tokens)
-    return LayerWork(forward, 2 * forward, out, past)
+            dense = forward
+    return LayerWork(forward, 2 * forward, out, past, dense)
 
 
 def _mlp(spec: MLPSpec, hidden: int, tokens: int) -> tuple[float, float]:
@@ -169,7 +226,7 @@ def _mamba(spec: Mamba2Spec, hidden: int, tokens: int, block_size: int, role: st
     forward = dense + inside + seeded + carried
     # A frozen state has no gradient, so the backward pass of `seeded` has one product instead of two.
     spared = seeded if role == "denoiser" and not carried else 0.0
-    return LayerWork(forward, 2 * forward - spared, out, 2 * (dense - out + carried))
+    return LayerWork(forward, 2 * forward - spared, out, 2 * (dense - out + carried), dense)
 
 
 def _delta_net(spec: DeltaNetSpec, hidden: int, tokens: int, block_size: int, role: str) -> LayerWork:
@@ -197,7 +254,8 @@ def _delta_net(spec: DeltaNetSpec, hidden: int, tokens: int, block_size: int, ro
     for_states = parts if within else parts - 1  # chunks whose written values are part of a state
     through_states = 2 * overlaps + 3 * solved + 2 * states + max(2 * for_states - 1, 0) * one
     unread = 0.0 if spec.grouped_projections else 2 * gate  # a projection of its own
-    return LayerWork(forward, 2 * forward + solved - spared, out, 2 * (dense - out) - unread + through_states)
+    read_states = 2 * (dense - out) - unread + through_states
+    return LayerWork(forward, 2 * forward + solved - spared, out, read_states, dense)
 
 
 def _states(chunks: int, size: int) -> float:
@@ -215,10 +273,14 @@ def _attended(tokens: int, block_size: int, window: int | None, own: bool) -> fl
     return float(sum((hi - lo) * (hi - first + (hi - lo if own else 0)) for lo, hi, first in tiles))
 
 
-def _head(spec: TowerSpec, positions: float) -> float:
-    """FLOPs of the head, forward and backward. Logits in chunks are recomputed in the backward pass."""
-    at_once = positions_at_once(spec.vocab_size)
-    return (4 if positions > at_once else 3) * 2.0 * spec.hidden_size * spec.vocab_size * positions
+def _head(spec: TowerSpec, positions: float, *, teacher: bool = False, frozen: bool = False) -> float:
+    """FLOPs of the head, forward and backward. Logits in chunks are recomputed in the backward pass.
+
+    teacher: the logits of the AR model too, without a backward pass. frozen: the head has no gradient.
+    """
+    forward = 1 + teacher
+    products = forward + (1 if frozen else 2) + (forward if positions > positions_at_once(spec.vocab_size) else 0)
+    return products * 2.0 * spec.hidden_size * spec.vocab_size * positions
 
 
 def _time(hidden: int, levels: int) -> float:

@@ -20,25 +20,52 @@ from twotower.model.fp32_tensors import cast, keeps_fp32
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
 from twotower.specs import LayerSpec, TowerSpec
+from twotower.training.adapter_objective import AdapterObjective, AdapterOptions
 from twotower.training.layer_pair import LayerPair, run_unit
-from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
+from twotower.training.logits import negative_log_likelihood
+from twotower.training.objective import DenoisingObjective, DenoisingOptions
 from twotower.training.planning.live_bytes import LiveBytes
 from twotower.training.planning.meta_ops import FusedAttention, tower_with_grouped_experts
 from twotower.training.planning.plan_setup import ContextRole
 from twotower.training.planning.profile import Profile, Share, Unit, UnitUse
+from twotower.training.recipe import ADAPTER_RECIPE, AS_RELEASED
+from twotower.training.targets import ONLY_TOKENS, Examples, Targets, target_losses
+
+TEACHER = replace(AS_RELEASED, targets=Targets.parse("kl:0.7+tokens:0.3"))
+AnyObjective = DenoisingObjective | AdapterObjective
 
 
 def build(
-    spec: TowerSpec, *, dtype: torch.dtype, context: ContextRole, activation_checkpointing: bool
-) -> tuple[DenoisingObjective, int]:
+    spec: TowerSpec,
+    *,
+    dtype: torch.dtype,
+    context: ContextRole,
+    activation_checkpointing: bool,
+    adapters: int | None = None,
+    teacher: bool = False,
+) -> tuple[AnyObjective, int]:
     """The objective on the meta device, in the dtypes of a forward pass under FSDP; and the parameters of a tower."""
     make_tower = tower_with_grouped_experts if dtype == torch.bfloat16 else Tower
+    objective: AnyObjective
+    if adapters is not None:
+        with torch.device("meta"):
+            tower = make_tower(spec)
+            count = sum(p.numel() for p in tower.parameters())
+            tower.add_adapters(adapters, 0)
+        recipe = ADAPTER_RECIPE if teacher else replace(ADAPTER_RECIPE, targets=ONLY_TOKENS)
+        own = AdapterOptions(mask_token_id=0, activation_checkpointing=activation_checkpointing, recipe=recipe)
+        objective = AdapterObjective(tower, own)
+        cast(objective, dtype)
+        return objective, count
     with torch.device("meta"):
         denoiser = make_tower(spec)
         reader = denoiser if context == "tied" else make_tower(spec)
         time = TimeConditioning(spec.hidden_size, spec.num_layers)
     options = DenoisingOptions(
-        mask_token_id=0, train_context=context != "frozen", activation_checkpointing=activation_checkpointing
+        mask_token_id=0,
+        train_context=context != "frozen",
+        activation_checkpointing=activation_checkpointing,
+        recipe=TEACHER if teacher else AS_RELEASED,
     )
     objective = DenoisingObjective(reader, denoiser, time, options)
     cast(objective, dtype)
@@ -54,20 +81,30 @@ def measure_profile(
     dtype: torch.dtype,
     context: ContextRole = "frozen",
     activation_checkpointing: bool = True,
+    adapters: int | None = None,
+    teacher: bool = False,
 ) -> Profile:
     """Measures a micro-batch in the worst case: every position is text and, for the head, masked. Takes seconds."""
-    objective, per_tower = build(spec, dtype=dtype, context=context, activation_checkpointing=activation_checkpointing)
-    document = torch.zeros(micro_batch_size, row_length, dtype=torch.long, device="meta")
-    layout = Layout(
-        document, block_size, chosen=torch.arange(micro_batch_size * row_length // block_size, device="meta")
+    objective, per_tower = build(
+        spec,
+        dtype=dtype,
+        context=context,
+        activation_checkpointing=activation_checkpointing,
+        adapters=adapters,
+        teacher=teacher,
     )
+    blocks = micro_batch_size * row_length // block_size
+    document = torch.zeros(micro_batch_size, row_length, dtype=torch.long, device="meta")
+    prefix = None if adapters is None else torch.zeros(blocks, dtype=torch.long, device="meta")
+    layout = Layout(document, block_size, torch.arange(blocks, device="meta"), prefix)
     stream = torch.promote_types(dtype, torch.float32) if spec.residual_in_fp32 else dtype
     measured: dict[tuple[LayerSpec, bool], UnitUse] = {}
     with FusedAttention(), LiveBytes() as live:
-        change = objective.time(torch.empty(micro_batch_size * row_length // block_size, device="meta"))
-        modulation = 3 * change[0].gate.nbytes
-        _ = layout.chosen_token_mask, layout.block_document, layout.starts_document
-        for module in objective.denoiser.modules():
+        own = None
+        if isinstance(objective, DenoisingObjective):
+            own = objective.time(torch.empty(blocks, device="meta"))[0]
+        _ = layout.chosen_token_mask, layout.block_document, layout.starts_document, layout.causal_queries
+        for module in tower_of(objective).modules():
             if isinstance(module, Attention):
                 _ = [layout.rotation(module.rope, stream, chosen=chosen) for chosen in (False, True)]
         fixed = live.live
@@ -76,19 +113,19 @@ def measure_profile(
             assert isinstance(unit, LayerPair)
             key = _kind(unit)
             if key not in measured:
-                measured[key] = _measure_unit(live, unit, activation_checkpointing, layout, change[0], shape, stream)
+                measured[key] = _measure_unit(live, unit, activation_checkpointing, layout, own, shape, stream)
         tail = _measure_tail(live, objective, shape, stream)
     units, root, replicated, trained = _shares(objective)
     kinds = [_kind(unit) for unit in objective.units if isinstance(unit, LayerPair)]
     return Profile(
         units=tuple(Unit(share, measured[key]) for share, key in zip(units, kinds, strict=True)),
         root=root,
-        head=objective.head.weight.nbytes,
+        head=objective.head.weight.nbytes if objective.head.weight.requires_grad else 0,
         tied_head=spec.tied_head,
         replicated=replicated,
         replicated_trained=trained,
         fixed=fixed,
-        modulation=modulation,
+        modulation=0 if own is None else 3 * own.gate.nbytes,
         tail=tail,
         per_tower=per_tower,
         itemsize=dtype.itemsize,
@@ -105,7 +142,7 @@ def _measure_unit(
     unit: LayerPair,
     activation_checkpointing: bool,
     layout: Layout,
-    change: Modulation,
+    change: Modulation | None,
     shape: tuple[int, int, int],
     stream: torch.dtype,
 ) -> UnitUse:
@@ -114,7 +151,7 @@ def _measure_unit(
         noisy = _stream(shape, stream)
         return clean, layout.to_blocks(noisy)
 
-    modulation = Modulation(*(part.detach().requires_grad_() for part in change))
+    modulation = None if change is None else Modulation(*(part.detach().requires_grad_() for part in change))
 
     def forward() -> tuple[Tensor, ...]:
         clean, noisy = run_unit(unit, activation_checkpointing, *inputs(), modulation, layout)
@@ -124,15 +161,23 @@ def _measure_unit(
 
 
 def _measure_tail(
-    live: LiveBytes, objective: DenoisingObjective, shape: tuple[int, int, int], stream: torch.dtype
+    live: LiveBytes, objective: AnyObjective, shape: tuple[int, int, int], stream: torch.dtype
 ) -> UnitUse:
-    """The final norm, the head and the loss at every position."""
+    """The final norm, the head and the loss at every position; with a teacher, its norm and head too."""
+    tower, recipe = tower_of(objective), objective.options.recipe
 
     def forward() -> tuple[Tensor]:
         x = _stream(shape, stream)
         every = torch.empty(shape[0] * shape[1], dtype=torch.long, device="meta")
-        hidden = objective.norm_f(x).flatten(0, 1).index_select(0, every)
-        return (negative_log_likelihood(objective.denoiser, hidden, every).sum(),)
+        if isinstance(objective, DenoisingObjective) and not recipe.targets.teacher:
+            hidden = objective.norm_f(x).flatten(0, 1).index_select(0, every)
+            return (negative_log_likelihood(tower, hidden, every).sum(),)
+        if isinstance(objective, AdapterObjective):
+            hidden = objective.norm_f(x.flatten(0, 1).index_select(0, every))
+        else:
+            hidden = objective.norm_f(x).flatten(0, 1).index_select(0, every)
+        examples = Examples(hidden, torch.empty_like(hidden), every, torch.empty_like(every, dtype=torch.bool))
+        return (target_losses(recipe.targets, tower, tower, 0, examples).sum(),)
 
     return _measure(live, objective, forward)
 
@@ -161,7 +206,12 @@ def _measure(live: LiveBytes, module: nn.Module, forward: Callable[[], tuple[Ten
     return UnitUse(kept, peak, backward)
 
 
-def _shares(objective: DenoisingObjective) -> tuple[list[Share], Share, int, int]:
+def tower_of(objective: AnyObjective) -> Tower:
+    """The tower whose passes are trained."""
+    return objective.tower if isinstance(objective, AdapterObjective) else objective.denoiser
+
+
+def _shares(objective: AnyObjective) -> tuple[list[Share], Share, int, int]:
     """The parameters of each unit and of the root, as `fsdp.shard` groups them; replicated and trained elements."""
     taken: set[nn.Parameter] = set()
     groups: list[Share] = []

@@ -18,7 +18,7 @@ from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.families import tower_spec
 from twotower.specs import TowerSpec
-from twotower.training.planning.flops import StepFlops, autoregressive_step, two_tower_step
+from twotower.training.planning.flops import StepFlops, adapter_step, autoregressive_step, two_tower_step
 from twotower.training.planning.memory import measure_profile
 from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.profile import Profile, Share
@@ -76,8 +76,8 @@ class Remedy:
 class Plan:
     """The plan of a run. flops, autoregressive: of one row.
 
-    smallest_gpus: a multiple of 8; None: even `MOST_GPUS` are too few. kept_by: bytes that a layer pair of each kind
-    keeps for the backward pass.
+    smallest_gpus: a multiple of 8, for adapters also 1, 2 or 4; None: even `MOST_GPUS` are too few. kept_by: bytes that
+    a layer pair of each kind keeps for the backward pass.
     """
 
     setup: Setup
@@ -126,13 +126,7 @@ def make_plan(spec: TowerSpec, setup: Setup) -> Plan:
     measured = _measured(spec, setup)
     memory = memory_of(measured, setup)
     limit = setup.gpu_memory_gib * GIB
-    flops = two_tower_step(
-        spec,
-        setup.row_length,
-        setup.block_size,
-        activation_checkpointing=setup.activation_checkpointing,
-        train_context=setup.context != "frozen",
-    )
+    flops = _flops(spec, setup)
     everything = [unit.share for unit in measured.units] + [measured.root]
     kept_by: dict[str, int] = {}
     for kind, unit in zip(spec.pattern, measured.units, strict=True):
@@ -154,6 +148,25 @@ def make_plan(spec: TowerSpec, setup: Setup) -> Plan:
         remedies=() if memory.total <= limit else tuple(_remedies(spec, measured, setup)),
         smallest_gpus=_smallest(measured, setup),
         kept_by=kept_by,
+    )
+
+
+def _flops(spec: TowerSpec, setup: Setup) -> StepFlops:
+    sizes = setup.row_length, setup.block_size
+    if setup.adapters is not None:
+        return adapter_step(
+            spec,
+            setup.adapters,
+            *sizes,
+            activation_checkpointing=setup.activation_checkpointing,
+            teacher=setup.teacher,
+        )
+    return two_tower_step(
+        spec,
+        *sizes,
+        activation_checkpointing=setup.activation_checkpointing,
+        train_context=setup.context != "frozen",
+        teacher=setup.teacher,
     )
 
 
@@ -194,7 +207,7 @@ def _remedies(spec: TowerSpec, measured: Profile, setup: Setup) -> Iterator[Reme
         batch_size = None if setup.micro_batches == 1 else setup.batch_size
         yield remedy("micro-batches of 1 row", dataclasses.replace(setup, micro_batch_size=1, batch_size=batch_size))
     if fewest := _smallest(measured, setup):
-        yield remedy(f"{fewest} GPUs", setup.on(fewest), anew=False)
+        yield remedy(f"{fewest} GPU{'s'[: fewest > 1]}", setup.on(fewest), anew=False)
     length = setup.row_length // 2
     if length >= 512 and length % setup.block_size == 0:
         yield remedy(f"rows of {length} tokens", dataclasses.replace(setup, row_length=length))
@@ -203,7 +216,8 @@ def _remedies(spec: TowerSpec, measured: Profile, setup: Setup) -> Iterator[Reme
 def _smallest(measured: Profile, setup: Setup) -> int | None:
     limit = setup.gpu_memory_gib * GIB
 
-    counts = range(NODE, MOST_GPUS + 1, NODE)
+    few = () if setup.adapters is None else (1, 2, 4)
+    counts = (*few, *range(NODE, MOST_GPUS + 1, NODE))
     return next((gpus for gpus in counts if memory_of(measured, setup.on(gpus)).total <= limit), None)
 
 
@@ -216,4 +230,6 @@ def _measured(spec: TowerSpec, setup: Setup) -> Profile:
         dtype=getattr(torch, setup.dtype),
         context=setup.context,
         activation_checkpointing=setup.activation_checkpointing,
+        adapters=setup.adapters,
+        teacher=setup.teacher,
     )

@@ -18,7 +18,8 @@ class Setup:
     """The run to be planned.
 
     batch_size: rows of one step over all GPUs (None: one micro-batch each). micro_batch_size: rows of one pass on one
-    GPU. peak_tflops: of one GPU, dense, in dtype. Assumed: utilisation (a share of the peak, recomputation counted as
+    GPU. peak_tflops: of one GPU, dense, in dtype. adapters: their rank, if the denoiser is adapters. teacher: the
+    targets are the AR model's distribution. Assumed: utilisation (a share of the peak, recomputation counted as
     work); bandwidth_gb (GB/s at which one GPU gathers: NCCL's bus bandwidth); reserve_gib (CUDA's own memory, NCCL's
     buffers, fragmentation).
     """
@@ -32,6 +33,8 @@ class Setup:
     dtype: PlanDtype = "bfloat16"
     activation_checkpointing: bool = True
     context: ContextRole = "frozen"
+    adapters: int | None = None
+    teacher: bool = False
     tokens: float = RECIPE_TOKENS
     peak_tflops: float = 989.0
     utilisation: float = 0.35
@@ -47,6 +50,11 @@ class Setup:
             raise ArgumentError(f"reserve_gib is {self.reserve_gib}; give 0 or more")
         if self.utilisation > 1:
             raise ArgumentError(f"utilisation is {self.utilisation}; give a fraction of the peak, like 0.35")
+        if self.adapters is not None and (self.adapters < 1 or self.context != "frozen"):
+            raise ArgumentError(
+                f"adapters is {self.adapters} and context is {self.context!r}; adapters have a rank of 1 or more, on a "
+                "frozen context tower"
+            )
         if self.row_length % self.block_size:
             raise ArgumentError(f"row_length is {self.row_length}; give a multiple of the block size {self.block_size}")
         if self.batch_size is not None and self.batch_size < self.gpus:

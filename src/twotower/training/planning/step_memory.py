@@ -44,15 +44,17 @@ def memory_of(measured: Profile, setup: Setup) -> Memory:
     shares = [*(unit.share for unit in measured.units), measured.root]
     trained = sum(share.padded(gpus, True) for share in shares) // gpus
     frozen = sum(share.padded(gpus, False) for share in shares) // gpus
-    at, gathered, activations, kept = max(_moments(measured, gpus), key=lambda moment: moment[1] + moment[2])
-    alone = gpus == 1  # with one GPU, units are not resharded after use
+    alone = gpus == 1  # then trained weights are not resharded after use, and frozen ones are not gathered
+    at, gathered, activations, kept = max(
+        _moments(measured, gpus), key=lambda moment: moment[2] + (0 if alone else moment[1])
+    )
     return Memory(
         weights=FP32 * (trained + measured.replicated),
         gradients=FP32 * (trained + measured.replicated_trained),
         moments=2 * FP32 * (trained + measured.replicated_trained),
         frozen=size * frozen,
-        root=size * measured.root.count(),
-        gathered=sum(size * unit.share.count() for unit in measured.units) if alone else gathered,
+        root=size * measured.root.count(True if alone else None),
+        gathered=sum(size * unit.share.count(True) for unit in measured.units) if alone else gathered,
         kept=kept,
         working=activations - kept,
         reserve=int(setup.reserve_gib * GIB),

@@ -12,10 +12,11 @@ from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.tokenizer import require_tokenizer
+from twotower.training.columns import next_tokens
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.log_schema import Validation
-from twotower.training.objective import AutoregressiveObjective, next_tokens
+from twotower.training.objective import AutoregressiveObjective
 from twotower.training.validation.samples import documents, shared_prompts, unsharded, write_samples
 
 

@@ -15,12 +15,14 @@ from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, read_layer
 from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.training.columns import next_tokens
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.layer_pair import LayerPair
 from twotower.training.log_schema import Validation
+from twotower.training.logits import in_chunks
 from twotower.training.noise import Corruption
-from twotower.training.objective import DenoisingObjective, in_chunks, next_tokens
+from twotower.training.objective import DenoisingObjective
 from twotower.training.validation.samples import shared_prompts, unsharded, write_samples
 
 # Noise levels. All but the last are the middles of equal parts of (0, 1], so together they estimate the training loss.

@@ -1,0 +1,78 @@
+"""Which columns of packed rows are trained, what they predict, and which column of the AR model predicts the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.training.data.batch import Batch
+from twotower.training.noise import Corruption
+from twotower.training.patterns import open_predictions
+
+
+@dataclass(frozen=True)
+class TrainedColumns:
+    """n trained columns, row by row. The rows are those of all copies of a corruption (`Corruption.stacked`).
+
+    at: (n,) place of each column among copies·B·S columns. token: (n,) the token that it predicts. clean_at: (n,) the
+    column, among B·S clean ones, whose AR output predicts this token. known: (n,) whether there is such a column; not
+    for the first token of a document, nor for EOS repeated after its end.
+    """
+
+    at: Tensor
+    token: Tensor
+    clean_at: Tensor
+    known: Tensor
+
+
+def trained_columns(batch: Batch, wanted: Tensor, shift: int) -> TrainedColumns:
+    """wanted: (copies·B, S) from `wanted_columns`, on any device."""
+    at = wanted.flatten().nonzero()[:, 0]
+    token_at = at % batch.tokens.numel() + shift
+    clean_at = (token_at - 1).clamp(min=0)
+    predicted = F.pad(next_tokens(batch), (1, 0)).flatten()[token_at]
+    return TrainedColumns(at, batch.tokens.flatten()[token_at], clean_at, predicted)
+
+
+def wanted_columns(batch: Batch, noise: Corruption, block_size: int, shift: int = 0, gated: bool = False) -> Tensor:
+    """(copies·B, S), the trained columns: those that predict an open token of their document.
+
+    gated: only from the first mask of a block on, where adapters act.
+    """
+    masked = noise.stacked.masked
+    wanted = open_predictions(masked, block_size, shift)
+    if gated:
+        wanted = wanted & (masked.unflatten(1, (-1, block_size)).cumsum(-1) > 0).flatten(1)
+    if shift:
+        same = F.pad(batch.document[:, 1:] == batch.document[:, :-1], (0, 1))
+        wanted = wanted & same.repeat(noise.copies, 1)
+    return wanted
+
+
+def position_weights(wanted: Tensor, block_size: int, decay: float) -> Tensor:
+    """exp(−(k − 1) / decay) at the k-th trained column of a block (DSpark), 0 elsewhere; (copies·B, S), float64.
+
+    decay 0: all weights are 1.
+    """
+    if not decay:
+        return wanted.double()
+    number = wanted.unflatten(1, (-1, block_size)).cumsum(-1).flatten(1)
+    return torch.where(wanted, torch.exp((1 - number.double()) / decay), 0.0)
+
+
+def blocks_with_masks(noise: Corruption, block_size: int) -> Tensor:
+    """(N,) numbers of the blocks with a masked position, counted through all rows."""
+    return torch.unflatten(noise.masked, 1, (-1, block_size)).any(-1).flatten().nonzero()[:, 0]
+
+
+def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
+    """(B, S − 1) True where position i + 1 is the next token of the document at position i.
+
+    prompts: False leaves out next tokens inside a prompt.
+    """
+    same = batch.document[:, 1:] == batch.document[:, :-1]
+    wanted = batch.text[:, 1:] & batch.text[:, :-1] & same
+    return wanted if prompts else wanted & ~batch.prompt[:, 1:]
