@@ -110,7 +110,7 @@ def _autoregressive(row: _Row) -> None:
 def _mock_autoregressive(row: _Row) -> None:
     """The denoiser reads the last token after the context of all tokens before it, without time conditioning."""
     assert row.model.denoiser is not None
-    logits, _ = read(row.model.denoiser, row.text[-1:], _past(row.model, row.text[:-1]))
+    logits, _ = read(row.model.denoiser, row.text[-1:], _denoisers_past(row.model, row.text[:-1]))
     row.out.denoiser_passes += 1
     token = row.sample(logits[-1], len(row.text), AR_TOKEN)
     row.take([token], [0], [probability(logits[-1], token)])
@@ -183,7 +183,7 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
     policy_value = usual if params.policy_value is None else params.policy_value
     block, masked = list(begun), list(masked)
     committed_at, confidence, seen, passes = [0] * size, [0.0] * size, None, 0
-    past = _past(model, before)
+    past = _denoisers_past(model, before)
     for step in range(steps):
         if not masked:
             break
@@ -202,9 +202,18 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
     return Block(block, committed_at, confidence, passes)
 
 
-def _past(model: TwoTowerForCausalLM, text: list[int]) -> Context | None:
-    """The context tower's layer states after a text; None for an empty text."""
-    return read(model.context, text)[1] if text else None
+def _denoisers_past(model: TwoTowerForCausalLM, text: list[int]) -> Context | None:
+    """What the denoiser sees of a text; None for an empty text."""
+    return seen_by_denoiser(model, read(model.context, text)[1] if text else None)
+
+
+def seen_by_denoiser(model: TwoTowerForCausalLM, past: Context | None) -> Context | None:
+    """The context tower's layer states, of those layers that the denoiser has a counterpart for."""
+    layers = model.config.denoiser.denoiser_layers
+    if past is None or layers is None:
+        return past
+    found = zip(past.layers, model.context.spec.layers, strict=True)
+    return Context([state for state, layer in found if layer.source in layers], past.tokens)
 
 
 # --- tokens, noise, text --------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate
 # The fields that this file reads. A new field of a spec must come into the oracle.
 KNOWN_FIELDS: dict[type, str] = {
     TowerSpec: "layers hidden_size vocab_size max_position_embeddings norm_eps norm_offset embedding_factor "
-    "logit_factor logit_softcap tied_head residual_in_fp32 initializer_range ropes",
+    "logit_factor logit_softcap tied_head residual_in_fp32 initializer_range ropes counterparts",
     LayerSpec: "mixer source pre_norm post_norm residual_factor",
     AttentionSpec: "num_heads num_kv_heads head_dim qkv_bias output_bias rope window qk_norm scale softcap clip "
     "output_gate",

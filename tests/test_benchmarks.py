@@ -405,3 +405,12 @@ def test_quantization_compares_rules_of_rounding(tmp_path: Path) -> None:
     assert found["int4"]["error"] == pytest.approx(found["best of 3 scales, groups of 32"]["error"], rel=1e-6)
     assert found["int8"]["error"] < 0.01 < found["int4"]["error"] < found["scale m / 7, groups of 32"]["error"] < 0.12
     assert 0 < found["int8"]["kl"] < found["int4"]["kl"] < 0.1
+
+
+@pytest.mark.slow
+def test_ranked_units_are_better_than_random_ones_and_than_the_average() -> None:
+    facts = bench("feed_forward", "--tokens", "4096", "--sizes", "480", "--experts", "3")
+    (errors,) = facts["errors"].values()
+    assert 0 < errors["ranked 480"] < errors["random 480"] < errors["average 576"]
+    assert errors["average, fitted 576"] < errors["average 576"]
+    assert 0 < errors["3 experts"] < 1

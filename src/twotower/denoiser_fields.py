@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from twotower.denoiser_shape import FeedForward, layers_of
 from twotower.errors import ConfigError
 from twotower.json_text import JsonObject
 
@@ -41,10 +42,14 @@ class AdapterConfig:
 class DenoiserConfig:
     """What the denoiser of a checkpoint is. The defaults are the released denoiser: a second full tower.
 
-    adapters: the denoiser is the context tower with adapters.
+    adapters: the denoiser is the context tower with adapters. denoiser_layers: the numbers of the autoregressive
+    model's layers that a denoiser tower has a counterpart for; None: all. denoiser_feed_forward: what stands in the
+    place of its MoE layers; None: the same MoE layers.
     """
 
     adapters: AdapterConfig | None = None
+    denoiser_layers: tuple[int, ...] | None = None
+    denoiser_feed_forward: FeedForward | None = None
 
     @classmethod
     def of(cls, fields: Mapping[str, object]) -> DenoiserConfig:
@@ -55,7 +60,16 @@ class DenoiserConfig:
         """
         check_format(fields.get("format"))
         adapters = fields.get("adapters")
-        return cls(adapters=None if adapters is None else AdapterConfig.of(adapters))
+        layers, feed_forward = (fields.get(name) for name in ("denoiser_layers", "denoiser_feed_forward"))
+        found = cls(
+            adapters=None if adapters is None else AdapterConfig.of(adapters),
+            denoiser_layers=None if layers is None else layers_of(layers),
+            denoiser_feed_forward=None if feed_forward is None else FeedForward.of(feed_forward),
+        )
+        for name in ("denoiser_layers", "denoiser_feed_forward"):
+            if found.adapters is not None and getattr(found, name) is not None:
+                raise ConfigError(f"config: {name} describes a denoiser tower, and adapters have none; remove one")
+        return found
 
     def to_json(self) -> JsonObject:
         """The fields for a config.json: those that differ from the released denoiser, and the format."""

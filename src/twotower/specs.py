@@ -6,6 +6,7 @@ kernels and the plans read only the `TowerSpec`: they know options, never famili
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar, get_args
@@ -231,6 +232,8 @@ class TowerSpec:
     norm_eps, norm_offset: of all RMSNorms, which multiply by norm_offset + weight. embedding_factor: multiplies the
     embeddings. logit_factor: multiplies the logits; logit_softcap: as in `AttentionSpec`, after it. tied_head: the head
     is the embedding. residual_in_fp32: the residual stream is at least fp32. ropes: see `AttentionSpec.rope`.
+    counterparts: of a denoiser that lacks layers, the number of the context layer that each of its layers corresponds
+    to, whose cache it reads; None: layer i corresponds to context layer i.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -246,6 +249,7 @@ class TowerSpec:
     residual_in_fp32: bool = False
     initializer_range: float = 0.02
     ropes: tuple[RopeSpec, ...] = ()
+    counterparts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         shapes = {(spec.num_kv_heads, spec.head_dim) for spec in self._mixers(AttentionSpec)}
@@ -279,6 +283,11 @@ class TowerSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def context_layers(self) -> Sequence[int]:
+        """The number of the context layer that each layer of a denoiser corresponds to; see `counterparts`."""
+        return range(self.num_layers) if self.counterparts is None else self.counterparts
 
     @cached_property
     def attention(self) -> AttentionSpec | None:

@@ -25,6 +25,8 @@ from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.checkpoint.convert import convert
+from twotower.checkpoint.denoiser_tensors import MadeFeedForward
+from twotower.checkpoint.one_tower import OneTowerCheckpoint
 from twotower.families.nemotron_h import spec_of
 
 # The families whose GGUF files transformers reads: model_type → architecture in the file.
@@ -111,6 +113,25 @@ def _processor(kind: str) -> Any:
 
 def _expert_shape(name: str, source: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
     return shapes[re.sub(r"\.weight$", "", source)]
+
+
+def test_a_denoiser_with_some_layers_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, kept = "qwen3_moe", torch.tensor([1, 2, 5])
+    monkeypatch.setitem(SHAPES, name, SHAPES[name] | NOT_READ[name])
+    write_gguf(tmp_path / "model.gguf", hf_model(name))
+
+    def choose(source: OneTowerCheckpoint, origin: Path, folder: Path) -> MadeFeedForward:
+        return MadeFeedForward(kept={1: kept, 3: kept})
+
+    shape = {"denoiser_layers": "0,2", "denoiser_feed_forward": "experts:3", "calibration": choose}
+    convert(tmp_path / "model.gguf", tmp_path / "two", mask_token=3, dtype="float32", **shape)
+    model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32)
+    assert model.denoiser is not None
+    for place, layer in enumerate((0, 1, 4, 5)):
+        own, its = model.denoiser.layers[place].state_dict(), model.context.layers[layer].state_dict()
+        for key, tensor in its.items():
+            chosen = "mixer.gate." in key or ".experts." in key
+            assert torch.equal(own[key], tensor[kept] if chosen else tensor), (layer, key)
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "Q4_1"])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_random_model
+from shaped_models import shaped
 from test_engine import alone, some_request
 from test_native import only_torch
 from tiny_backbones import two_tower
@@ -133,6 +134,21 @@ def test_recordings_of_other_backbones(name: str, made: list[int], monkeypatch: 
         patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
         assert written == [alone(model, request).tokens for request in requests]
     assert not any(graphs(tower).disabled_reason for tower in (model.context, model.denoiser))
+
+
+@torch.no_grad()
+def test_recordings_of_a_denoiser_that_lacks_layers(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, state = shaped("one window"), shaped("one window").new_state(2, 64)
+    monkeypatch.setattr(model.context, "runners", ())
+    block, t = torch.randint(4, 60, (2, 3)), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    for _ in range(2):
+        model.extend(torch.randint(4, 60, (2, 20)), state)
+        replayed = model.denoise(block, t, state.view())
+        with monkeypatch.context() as patch:
+            patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
+            torch.testing.assert_close(replayed, model.denoise(block, t, state.view()), rtol=1e-11, atol=1e-11)
+    assert len(made) == 1
+    assert len(graphs(model.denoiser).graphs) == 1
 
 
 def test_recordings_of_long_rope(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

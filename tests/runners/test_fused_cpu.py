@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from pairwise import pairwise
+from shaped_models import shaped
 from tiny_backbones import FAMILY_NAMES, SHAPES, slow_but, two_tower
 from torch import Tensor
 
@@ -105,6 +106,12 @@ def test_packed_and_quantized_passes(
 ) -> None:
     model = prepared(name, dtype, weights)
     for actual, expected in zip(*both_ways(model, 5, monkeypatch), strict=True):
+        compare(actual, expected)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("windows", torch.float32), ("hybrid, fewer experts", torch.bfloat16)])
+def test_passes_of_a_denoiser_that_lacks_layers(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for actual, expected in zip(*both_ways(shaped(name, dtype), 5, monkeypatch), strict=True):
         compare(actual, expected)
 
 

@@ -7,13 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_two_tower
+from oracle import seen_by_denoiser
 from oracle_tower import conditioning, read
-from packed import MASK, Case, Kind, blocks_of, case, deviation, naive_next_token_nll, naive_nll, objective
+from packed import MASK, Case, Kind, blocks_of, case, deviation, naive_next_token_nll, naive_nll, objective, packed
+from shaped_models import STATIC as SHAPED
+from shaped_models import config_of
 from test_objective import EXACT, same
 from tiny_backbones import CORE, FAMILY_NAMES, SHAPES, VOCAB, slow_but
 from torch import Tensor
 
 from twotower.training import logits as logits_module
+from twotower.training.noise import corrupt
 from twotower.training.objective import AutoregressiveObjective
 
 # Documents longer than every window of `SHAPES`, one of them after padding that fills half a block.
@@ -36,7 +41,8 @@ def oracle_nll(step: Case) -> Tensor:
         block, masked = step.batch.tokens[row, lo:hi], step.noise.masked[row, lo:hi]
         if masked.any():
             time = conditioning(step.model.time, float(step.noise.t[row, lo // step.block_size]))
-            logits, _ = read(denoiser, block.masked_fill(masked, MASK).tolist(), seen, causal=False, time=time)
+            past = seen_by_denoiser(step.model, seen)
+            logits, _ = read(denoiser, block.masked_fill(masked, MASK).tolist(), past, causal=False, time=time)
             found.append(F.cross_entropy(logits[masked], block[masked], reduction="none"))
         _, seen = read(context, block.tolist(), seen)
     return torch.cat(found)
@@ -72,6 +78,23 @@ def check_by_generation(step: Case, label: str) -> None:
 def test_gradients_of_every_family(name: str) -> None:
     step = case(backbone=name, rows=ROWS)
     check(step, name, oracle_nll(step), oracle_next_nll(step))
+
+
+@pytest.mark.parametrize("name", slow_but(("hybrid, fewer experts",), SHAPED))
+def test_gradients_of_denoisers_that_lack_layers(name: str) -> None:
+    """Of both towers, and with activation checkpointing and a frozen context tower, of the denoiser."""
+    model = random_two_tower(config_of(name), 8, torch.float64)
+    batch = packed(ROWS, 4, seed=1)
+    step = Case(model, batch, corrupt(batch, 4, seed=4, scope="block"), 4)
+    nll = oracle_nll(step)
+    check(step, name, nll, oracle_next_nll(step))
+    frozen = objective(model, activation_checkpointing=True)
+    run = [unit.runs_context for unit in frozen.units]
+    own = model.denoiser.spec
+    last = max(i for i, kind in zip(own.context_layers, own.pattern, strict=True) if kind in "M*PD")
+    assert run == [i <= last for i in range(model.spec.num_layers)]
+    same(frozen(batch, step.noise, 4), nll.sum(), model.denoiser, EXACT, f"{name}, frozen")
+    assert all(p.grad is None for p in model.context.parameters())
 
 
 @pytest.mark.proves("training gradient = reference")

@@ -101,6 +101,61 @@ def test_a_killed_run_ends_as_one_that_was_not(name: str, tmp_path: Path) -> Non
     assert_same_end(output, whole_run(name))
 
 
+@cache
+def without_layers() -> Path:
+    """A denoiser with two of four layers of a hybrid, and dense MLPs instead of experts."""
+    source, target = two_towers("granitemoehybrid").parent / "ar", tiny_run.folder() / "without-layers"
+    shape = ["--denoiser-layers", "1,3", "--denoiser-feed-forward", "dense:40", "--calibration-tokens", "4000"]
+    data = ["--calibrate", str(tiny_run.given().data)]
+    assert run_cli(["init", "--from", str(source), "-o", str(target), *shape, *data]) == 0
+    return target
+
+
+@cache
+def run_without_layers() -> Path:
+    output = tiny_run.folder() / "run-without-layers"
+    assert run_cli(tiny_run.given().train(output, model=without_layers())) == 0
+    return output
+
+
+def test_a_denoiser_that_lacks_layers_from_init_to_export(tmp_path: Path) -> None:
+    """The loss falls; the source is exported again bit for bit; a run that is stopped ends as one that was not."""
+    run, source = run_without_layers(), without_layers()
+    losses = column(run, "loss")
+    assert losses[-4:].mean() < losses[:4].mean() - 0.5
+    assert config(run / "model") == config(source)
+    before, after = load_file(source / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    assert {key for key in after if after[key].equal(before[key])} == {
+        key for key in after if key.startswith("context")
+    }
+    exported = []
+    for model in (run / "model", two_towers("granitemoehybrid")):
+        target = tmp_path / f"{len(exported)}"
+        assert run_cli(["export", str(model), "--to", "one-tower", "-o", str(target)]) == 0
+        exported.append((target / "model.safetensors").read_bytes())
+    assert exported[0] == exported[1]
+    args, output = tiny_run.given().train(tmp_path / "run", model=source), tmp_path / "run"
+    assert launch(args, tmp_path / "said").kill_when(lambda: steps_logged(output) >= 9)
+    assert launch(args, tmp_path / "said").codes() == [0]
+    assert_same_end(output, run)
+
+
+def test_tying_a_denoiser_that_lacks_layers_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    args = tiny_run.given().train(tmp_path / "run", "--tie", model=without_layers())
+    assert complaint(args, capfd).endswith("its denoiser has other layers than the context tower; leave out --tie")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--train-context",)])
+def test_two_processes_and_a_denoiser_that_lacks_layers(more: tuple[str, ...], tmp_path: Path) -> None:
+    one = tmp_path / "one"
+    assert run_cli(tiny_run.given().train(one, *more, model=without_layers())) == 0
+    hard = ("--micro-batch-size", "1", "--activation-checkpointing", "--checkpoint-every", "100")
+    run_two(tiny_run.given().train(tmp_path / "two", *more, *hard, model=without_layers()), tmp_path / "said")
+    assert deviation(one, tmp_path / "two") < 1e-5
+    assert difference(one, tmp_path / "two") < 2e-5
+
+
 def test_two_processes_with_a_tied_head(tmp_path: Path) -> None:
     """The embedding, which cannot be shared evenly, is one sharded parameter with both gradients."""
     args = tiny_run.given().train(

@@ -15,7 +15,9 @@ from typing import Any
 import click
 import pytest
 import torch
-from conftest import SHAPE, build_random_model
+from conftest import SHAPE, build_random_model, random_two_tower
+from shaped_models import SHAPES as SHAPED
+from shaped_models import config_of
 from tiny_backbones import CORE, SHAPES, two_tower
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
@@ -23,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twotower import TwoTowerConfig
 from twotower.cli.plan_page import render
+from twotower.config import GenericTwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.families import tower_spec
 from twotower.model.moe import Experts
@@ -49,8 +52,13 @@ WIDE = SHAPE | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_
 def objective_of(
     pattern: str, dtype: torch.dtype = torch.float32, context: str = "frozen", activation_checkpointing: bool = False
 ) -> DenoisingObjective:
-    """pattern: of a Nemotron-H model, or a name of `SHAPES`."""
-    model = two_tower(pattern, dtype=dtype) if pattern in SHAPES else build_random_model(pattern, dtype=dtype, **WIDE)
+    """pattern: of a Nemotron-H model, or a name of `SHAPES`, or of denoisers that lack layers."""
+    if pattern in SHAPED:
+        model = random_two_tower(config_of(pattern), 5, dtype)
+    else:
+        model = (
+            two_tower(pattern, dtype=dtype) if pattern in SHAPES else build_random_model(pattern, dtype=dtype, **WIDE)
+        )
     assert model.denoiser is not None
     assert model.time is not None
     denoiser = model.context if context == "tied" else model.denoiser
@@ -92,6 +100,8 @@ SOLVES = {torch.ops.aten.linalg_solve_triangular: solve_flops}  # torch has no f
         ("M*E-ME", False, "frozen"),
         ("M*E-ME", True, "trained"),
         ("E*", True, "frozen"),
+        ("hybrid, fewer experts", True, "frozen"),
+        ("hybrid, dense", False, "trained"),
         *(
             pytest.param(name, at % 2 == 0, ("frozen", "trained")[at % 2], marks=() if name in CORE else slow)
             for at, name in enumerate(SHAPES)
@@ -100,12 +110,17 @@ SOLVES = {torch.ops.aten.linalg_solve_triangular: solve_flops}  # torch has no f
 )
 def test_flops_are_those_that_torch_counts(pattern: str, activation_checkpointing: bool, context: str) -> None:
     objective = objective_of(pattern, context=context, activation_checkpointing=activation_checkpointing)
-    config = objective.denoiser.spec
+    config = objective.context.spec
     batch, noise = rows(1, 320, masked=0.5, block=4)  # 80 blocks: their states are combined in groups
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=SOLVES) as counter:
         objective(batch, noise, 4).backward()
     counted = two_tower_step(
-        config, 320, 4, activation_checkpointing=activation_checkpointing, train_context=context != "frozen"
+        config,
+        320,
+        4,
+        activation_checkpointing=activation_checkpointing,
+        train_context=context != "frozen",
+        denoiser=objective.denoiser.spec,
     ).total
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
@@ -164,6 +179,7 @@ def peak_of(measured: Profile) -> int:
         ("*-M", torch.float32, "tied", True, 0.02),
         ("M*E-ME", torch.bfloat16, "frozen", False, 0.002),
         ("M*E-ME", torch.bfloat16, "frozen", True, 0.01),
+        ("hybrid, fewer experts", torch.bfloat16, "frozen", True, 0.02),
         *(
             pytest.param(name, torch.bfloat16, "frozen", at % 2 == 0, 0.02, marks=() if name in CORE else slow)
             for at, name in enumerate(SHAPES)
@@ -186,7 +202,8 @@ def test_activations_are_those_of_a_real_pass(
         kept = live.live
         loss.backward()
     measured = measure_profile(
-        objective.denoiser.spec,
+        objective.context.spec,
+        denoiser=objective.denoiser.spec,
         row_length=256,
         micro_batch_size=2,
         block_size=BLOCK,
@@ -225,6 +242,23 @@ def test_activations_of_adapters_are_those_of_a_real_pass(activation_checkpointi
         teacher=True,
     )
     assert peak_of(measured) == pytest.approx(live.peak, rel=0.03)
+
+
+def test_a_plan_of_a_denoiser_that_lacks_layers() -> None:
+    """It trains fewer parameters in fewer hours, and one network for both towers is refused."""
+    config = config_of("hybrid, fewer experts")
+    full = GenericTwoTowerConfig(backbone=config.backbone, mask_token_id=3)
+    options = {"gpus": 8, "row_length": 64}
+    own, whole = (plan_from(each, options) for each in (config, full))
+    assert own.parameters.trained < whole.parameters.trained
+    assert own.parameters.per_tower == whole.parameters.per_tower == whole.parameters.denoiser
+    assert own.parameters.denoiser < own.parameters.per_tower
+    assert own.traffic.gathered < whole.traffic.gathered
+    assert "of the context tower, " in render(own)
+    assert own.hours[-1].hours < whole.hours[-1].hours
+    assert own.memory.moments < whole.memory.moments
+    with pytest.raises(ArgumentError, match="one network for both towers"):
+        plan_from(config, {**options, "context": "tied"})
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class TowerState:
 
     Each row has KV slots for `capacity` tokens. With `shared_kv_slots`, the rows share that many KV slots instead, and
     `allocate` assigns them to a row. Layers with a window have slots of their own, for the last tokens of a row
-    (`SlidingWindow`). longest_pass: the most tokens that a pass appends to a row; only windows need it.
+    (`SlidingWindow`). longest_pass: the most tokens that a pass appends to a row; only windows need it. layers: the
+    numbers of the layers with a cache, for a copy that lacks others; None: all.
     pools: one a layer, None for a layer without state. texts: None without LongRoPE.
     """
 
@@ -60,6 +61,7 @@ class TowerState:
         dtype: torch.dtype,
         shared_kv_slots: int | None = None,
         longest_pass: int | None = None,
+        layers: Sequence[int] | None = None,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
@@ -74,6 +76,8 @@ class TowerState:
         self.texts = None if original is None else LongTexts(rows, original, device)
         self.pools: list[Pool] = [
             new_pool(layer.mixer, slots[slides(spec, i)].num_vectors, rows, device, dtype)
+            if layers is None or i in layers
+            else None
             for i, layer in enumerate(spec.layers)
         ]
         self._index_pools(slots)

@@ -9,7 +9,7 @@ later text. The data to transfer is gathered in the context tower's stream, befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,14 +53,24 @@ class LocalReader:
 
 
 class Replica:
-    """A copy of `state` on `device`. `view` brings it up to date."""
+    """A copy of `state` on `device`. `view` brings it up to date.
 
-    def __init__(self, state: TowerState, device: torch.device, transfer: DeviceTransfer) -> None:
+    layers: the numbers of the layers to copy, for a denoiser that lacks layers; None: all.
+    """
+
+    def __init__(
+        self,
+        state: TowerState,
+        device: torch.device,
+        transfer: DeviceTransfer,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self.state = state
         self.device = device
         self.transfer = transfer
         shared = state.kv_slots.total if state.kv_slots.shared else None
-        self.copy = TowerState(state.spec, state.rows, state.capacity, device, state.dtype, shared, state.longest_pass)
+        sizes = state.rows, state.capacity, device, state.dtype, shared, state.longest_pass
+        self.copy = TowerState(state.spec, *sizes, layers)
         self.lengths = torch.zeros_like(state.lengths)  # of the copy, on the context tower's device
         self.reset_count = state.reset_count  # of the texts in the copy
 
@@ -88,7 +98,7 @@ class Replica:
             self._sync_kv_slots()
             old = torch.where(self.reset_count == state.reset_count, self.lengths, 0)
             lengths, old_there = self._send(state.lengths), self._send(old)
-            for source, target in zip(state.kv_groups, copy.kv_groups, strict=True):
+            for source, target in self._copied_groups():
                 _make_room(target, old_there, lengths, width)
                 here, there = (
                     _appended_vectors(group.slots, *ends, width)
@@ -102,11 +112,10 @@ class Replica:
 
     def _transfer_pending(self, pending: Sequence[PendingTransfer]) -> None:
         self._sync_kv_slots()
-        for source, target in zip(self.state.kv_groups, self.copy.kv_groups, strict=True):
-            if target.layers:
-                parts = _within_window(target, pending, self.copy.lengths)
-                tokens = [(row.slot, token) for row in parts for token in range(row.start, row.end)]
-                self._copy_vectors(source, target, *(_vectors(group.slots, tokens) for group in (source, target)))
+        for source, target in self._copied_groups():
+            parts = _within_window(target, pending, self.copy.lengths)
+            tokens = [(row.slot, token) for row in parts for token in range(row.start, row.end)]
+            self._copy_vectors(source, target, *(_vectors(group.slots, tokens) for group in (source, target)))
         slots, ends = [row.slot for row in pending], [row.end for row in pending]
         rows = to_device_async(slots, self.device)
         self._copy_states(to_device_async(slots, self.state.lengths.device), rows)
@@ -119,15 +128,23 @@ class Replica:
                 target.slots = source.slots.map(self._send)
                 target.slots.window = window
 
+    def _copied_groups(self) -> Iterator[tuple[KVGroup, KVGroup]]:
+        """The groups of attention layers of the state and of the copy, of which the copy has a layer."""
+        pairs = zip(self.state.kv_groups, self.copy.kv_groups, strict=True)
+        return ((source, target) for source, target in pairs if target.layers)
+
     def _copy_vectors(self, source: KVGroup, target: KVGroup, here: Tensor, there: Tensor) -> None:
         """Copies keys and values from indices `here` of the state to indices `there` of the copy."""
-        for (_, _, keys), (_, _, into) in zip(source.layers, target.layers, strict=True):
-            into.k[there] = self._send(keys.k[here])
-            into.v[there] = self._send(keys.v[here])
+        keys = {layer: pool for layer, _, pool in source.layers}
+        for layer, _, into in target.layers:
+            into.k[there] = self._send(keys[layer].k[here])
+            into.v[there] = self._send(keys[layer].v[here])
 
     def _copy_states(self, slots: Tensor | None = None, rows: Tensor | None = None) -> None:
         """Copies Mamba states of slots (C,); `rows` is the same tensor on the copy's device. None: of all."""
-        for (_, source), (_, target) in zip(self.state.mamba_pools, self.copy.mamba_pools, strict=True):
+        states = dict(self.state.mamba_pools)
+        for layer, target in self.copy.mamba_pools:
+            source = states[layer]
             if slots is None or rows is None:
                 target.conv_window = self._send(source.conv_window)
                 target.ssm_state = self._send(source.ssm_state)

@@ -21,6 +21,7 @@ class CachedState(Protocol):
     lengths: Tensor
     max_seq_len: int
     pools: list[Pool]
+    attention_pools: list[tuple[int, AttentionPool]]
     mamba_pools: list[tuple[int, MambaPool]]
     kv_groups: list[KVGroup]
     addresses: PoolAddresses
@@ -32,14 +33,34 @@ class CachedState(Protocol):
 class StateCaches(Sequence[LayerCache]):
     """One cache a layer, for all rows of a state or the given slots (B,) of lengths (B,).
 
+    layers: the numbers of the layers whose caches these are, for a denoiser that lacks layers; None: all.
+
     A runner that reads the pools of the state by address does not need the caches one by one: making and reading those
     of 30 layers takes longer than a small model's pass. Valid until the next `extend`.
     """
 
-    def __init__(self, state: CachedState, rows: Tensor | None, lengths: Tensor) -> None:
-        self.state, self.rows, self.lengths = state, rows, lengths
+    def __init__(
+        self, state: CachedState, rows: Tensor | None, lengths: Tensor, layers: Sequence[int] | None = None
+    ) -> None:
+        self.state, self.rows, self.lengths, self.layers = state, rows, lengths, layers
         self._at = state.lengths
         self._made: list[LayerCache] | None = None
+
+    def pool_addresses(self, every: np.ndarray) -> np.ndarray:
+        """The addresses of the pools of these layers, in the order of `PoolAddresses`. every: those of the state."""
+        if self.layers is None:
+            return every
+        state = self.state
+        own = [[layer for layer, _ in pools] for pools in (state.attention_pools, state.mamba_pools)]
+        starts = 0, 2 * len(own[0])
+        places = [
+            start + 2 * there.index(layer) + part
+            for start, there in zip(starts, own, strict=True)
+            for layer in self.layers
+            if layer in there
+            for part in (0, 1)
+        ]
+        return every[places]
 
     def _caches(self) -> list[LayerCache]:
         if self._made is None:
@@ -55,10 +76,10 @@ class StateCaches(Sequence[LayerCache]):
         for layer, mamba in state.mamba_pools:
             keys, own = past[layer], mamba_cache(mamba, self.rows)
             past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
-        return past
+        return past if self.layers is None else [past[layer] for layer in self.layers]
 
     def __len__(self) -> int:
-        return len(self.state.pools)
+        return len(self.state.pools if self.layers is None else self.layers)
 
     def __iter__(self) -> Iterator[LayerCache]:
         return iter(self._caches())
@@ -69,6 +90,15 @@ class StateCaches(Sequence[LayerCache]):
     def __getitem__(self, layer: slice) -> list[LayerCache]: ...
     def __getitem__(self, layer: int | slice) -> LayerCache | list[LayerCache]:
         return self._caches()[layer]
+
+
+def caches_of(past: Sequence[LayerCache], layers: Sequence[int] | None) -> Sequence[LayerCache]:
+    """The caches of these layers, in this order, of those of all layers; None: of all."""
+    if layers is None:
+        return past
+    if isinstance(past, StateCaches):
+        return StateCaches(past.state, past.rows, past.lengths, layers)
+    return [past[layer] for layer in layers]
 
 
 class PoolAddresses:

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from twotower.checkpoint import gguf_file, names, one_tower, peft_adapters, pretrained, reader
+from twotower.checkpoint import denoiser_tensors, gguf_file, names, one_tower, peft_adapters, pretrained, reader
+from twotower.checkpoint.converted_tensors import check_stored, fresh_tensors, tensors_to_write
+from twotower.checkpoint.denoiser_tensors import DenoiserTensors, FeedForwardMaker
 from twotower.checkpoint.mask_token import MaskToken, is_ordinary_token
 from twotower.checkpoint.mask_token import choose as choose_mask_token
 from twotower.checkpoint.names import TensorEntry
@@ -28,16 +30,15 @@ from twotower.checkpoint.one_tower import OneTowerCheckpoint
 from twotower.checkpoint.output_folder import check_target, unfinished_folder
 from twotower.checkpoint.peft_adapters import AdapterFolder
 from twotower.checkpoint.source import resolve_source
-from twotower.checkpoint.writer import TensorToWrite, write_shards
+from twotower.checkpoint.writer import write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.denoiser_fields import AdapterConfig, DenoiserConfig
 from twotower.deprecation import renamed_argument
-from twotower.errors import ArgumentError, CheckpointError
-from twotower.model.adapters import LowRank
-from twotower.model.conditioning import TimeConditioning
-from twotower.model.fp32_tensors import target_dtype
+from twotower.errors import ArgumentError
 from twotower.model.towers import TwoTowerModel
 from twotower.tokenizer import Tokenizer
+
+CALIBRATED = "calibrated"  # folder of the calibration's files, inside the unfinished checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,9 @@ class ConversionResult:
     """Facts of a written checkpoint.
 
     mask_token: its text; None if the tokenizer has none. mask_reason: why this token. adapter_rank: None if the
-    denoiser is a tower. bytes: of all tensors. notes: remarks for the user, one sentence each.
+    denoiser is a tower. denoiser_parameters: of a second tower. denoiser_layers, denoiser_feed_forward: None as in the
+    release. feed_forward_errors: see `MadeFeedForward.errors`. bytes: of all tensors. notes: remarks for the user, one
+    sentence each.
     """
 
     source: str
@@ -59,6 +62,10 @@ class ConversionResult:
     time_parameters: int
     adapter_rank: int | None
     adapter_parameters: int
+    denoiser_parameters: int
+    denoiser_layers: tuple[int, ...] | None
+    denoiser_feed_forward: str | None
+    feed_forward_errors: Mapping[int, float]
     bytes: int
     files: tuple[str, ...]
     notes: tuple[str, ...]
@@ -76,6 +83,9 @@ def convert(
     mask_token: int | str | None = None,
     denoiser_lora: int | None = None,
     adapters: str | Path | None = None,
+    denoiser_layers: str | None = None,
+    denoiser_feed_forward: str | None = None,
+    calibration: FeedForwardMaker | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     seed: int = 0,
@@ -86,7 +96,9 @@ def convert(
 
     mask_token: its id or text; None: see `mask_token.choose`. denoiser_lora: rank of adapters on the context tower,
     which are the denoiser; None: a second tower. adapters: a directory or hub id with such adapters, as `export_peft`
-    writes them; they bring their mask token. dtype: bfloat16, float32 or float64, for all tensors but those of
+    writes them; they bring their mask token. denoiser_layers: the layers of a smaller second tower, as text such as
+    "every:4" (`denoiser_shape.parse_layers`). denoiser_feed_forward: in the place of its MoE layers, "experts:K" or
+    "dense:WIDTH", made by `calibration`. dtype: bfloat16, float32 or float64, for all tensors but those of
     `fp32_tensors`, which get at least fp32; None keeps the dtype of each tensor. seed: of the random part, the time
     embedder or new adapters. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
     bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
@@ -101,19 +113,25 @@ def convert(
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
     stored = peft_adapters.given_adapters(adapters, mask_token, denoiser_lora)
-    tower, mask = _prepared(one_tower.read(origin), mask_token, denoiser_lora, stored)
+    source_tower = one_tower.read(origin)
+    shape = denoiser_tensors.shape_of(source_tower, denoiser_layers, denoiser_feed_forward, calibration)
+    tower, mask = _prepared(source_tower, mask_token, denoiser_lora, stored, shape)
     config = tower.model.config
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
-    _check_stored(tower, wanted, origin)
+    check_stored(tower, wanted, origin)
     model_dtype = wanted or tower.weights.dtype(tower.places["embeddings.weight", None])
 
-    fresh = _fresh_tensors(tower, seed, model_dtype) if stored is None else stored.tensors(tower.model, origin, wanted)
+    fresh = fresh_tensors(tower, seed, model_dtype) if stored is None else stored.tensors(tower.model, origin, wanted)
     known = names.tensor_entries(tower.model)
-    to_write = list(_tensors_to_write(tower, known, wanted, fresh, mask, origin))
+    denoiser = DenoiserTensors(tower)
+    to_write = list(tensors_to_write(denoiser, known, wanted, fresh, mask, origin))
     total = sum(entry.nbytes for entry in to_write)
     with unfinished_folder(Path(directory), overwrite, total) as folder:
-        written = counter(total, progress)
-        weights = write_shards(folder, to_write, max_shard_size, written)
+        if calibration is not None:
+            (folder / CALIBRATED).mkdir()
+            denoiser.made = calibration(tower, origin, folder / CALIBRATED)
+        weights = write_shards(folder, to_write, max_shard_size, counter(total, progress))
+        shutil.rmtree(folder / CALIBRATED, ignore_errors=True)
         _write_rest(tower, folder, model_dtype)
         reader.check(folder, reader.read_headers(folder), known, known, config)
     notes = (
@@ -121,19 +139,21 @@ def convert(
         *_text_notes(mask, tower.tokenizer, tower.model.has_adapters),
         *_adapter_notes(stored, tower),
     )
-    return _result(source, directory, tower.model, mask, model_dtype, total, weights, notes)
+    return _result(source, directory, denoiser, mask, model_dtype, total, weights, notes)
 
 
 def _result(
     source: str | Path,
     directory: str | Path,
-    model: TwoTowerModel,
+    made: DenoiserTensors,
     mask: MaskToken,
     dtype: torch.dtype,
     size: int,
     weights: list[Path],
     notes: tuple[str, ...],
 ) -> ConversionResult:
+    model = made.tower.model
+    shape = model.config.denoiser
     known, adapters = names.tensor_entries(model), model.config.denoiser.adapters
     return ConversionResult(
         source=str(source),
@@ -147,6 +167,10 @@ def _result(
         time_parameters=_parameters(entry for entry in known if entry.memory.startswith("time.")),
         adapter_rank=None if adapters is None else adapters.rank,
         adapter_parameters=_parameters(entry for entry in known if names.of_adapters(entry.memory)),
+        denoiser_parameters=_parameters(entry for entry in known if entry.memory.startswith("denoiser.")),
+        denoiser_layers=shape.denoiser_layers,
+        denoiser_feed_forward=None if shape.denoiser_feed_forward is None else str(shape.denoiser_feed_forward),
+        feed_forward_errors=made.made.errors,
         bytes=size,
         files=tuple(file.name for file in weights),
         notes=notes,
@@ -154,11 +178,21 @@ def _result(
 
 
 def _prepared(
-    tower: OneTowerCheckpoint, mask_token: int | str | None, denoiser_lora: int | None, stored: AdapterFolder | None
+    tower: OneTowerCheckpoint,
+    mask_token: int | str | None,
+    denoiser_lora: int | None,
+    stored: AdapterFolder | None,
+    shape: DenoiserConfig | None,
 ) -> tuple[OneTowerCheckpoint, MaskToken]:
     """The source with the model of the conversion, whose mask token and adapters are chosen."""
     config = tower.model.config
     given = mask_token if stored is None else stored.mask_token_id
+    if shape is not None and (stored is not None or denoiser_lora is not None):
+        raise ArgumentError(
+            "denoiser_layers and denoiser_feed_forward describe a second tower, and the denoiser is adapters; leave "
+            "them or the adapters out",
+            param="denoiser_layers",
+        )
     mask = choose_mask_token(given, config, tower.defaults, tower.tokenizer)
     config.mask_token_id = mask.id
     if stored is not None:
@@ -166,6 +200,8 @@ def _prepared(
         return _with_denoiser(tower, config, stored.denoiser, stored.block_size), mask
     if denoiser_lora is not None:
         return _with_denoiser(tower, config, DenoiserConfig(adapters=AdapterConfig(denoiser_lora)), None), mask
+    if shape is not None:
+        return _with_denoiser(tower, config, shape, None), mask
     return tower, mask
 
 
@@ -186,88 +222,6 @@ def _with_denoiser(
         return replace(tower, model=TwoTowerModel(changed))
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------
-
-
-def _tensors_to_write(
-    tower: OneTowerCheckpoint,
-    entries: list[TensorEntry],
-    dtype: torch.dtype | None,
-    fresh: dict[str, Tensor],
-    mask: MaskToken,
-    origin: Path,
-) -> Iterator[TensorToWrite]:
-    """The entries of the two-tower checkpoint, read on demand."""
-
-    def piece(entry: TensorEntry) -> Tensor:
-        which, _, part = entry.memory.partition(".")
-        if entry.memory in fresh:
-            return fresh[entry.memory]
-        place = tower.places[part, entry.expert]
-        tensor = tower.weights.read(place)
-        if which == "context":
-            _check_finite(tensor, place, origin)
-        if entry.memory == "denoiser.embeddings.weight" and mask.known_rows:
-            tensor = _with_mean_row(tensor, mask.id, mask.known_rows)
-        return tensor
-
-    for group in names.by_tensor_on_disk(entries).values():
-        _, _, part = group[0].memory.partition(".")
-        if group[0].memory in fresh:
-            kept = fresh[group[0].memory].dtype
-        else:
-            stored = tower.weights.dtype(tower.places[part, group[0].expert])
-            kept = stored if dtype is None else target_dtype(group[0].memory, dtype)
-        yield reader.tensor_to_write(group, kept, piece)
-
-
-def _check_finite(tensor: Tensor, place: TensorEntry, origin: Path) -> None:
-    """The minimum and the maximum are NaN if a value is, and need no memory."""
-    if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
-        expert = "" if place.expert is None else f" (expert {place.expert})"
-        raise CheckpointError(
-            f"{origin}: {place.disk}{expert} has a value that is NaN or infinite, so the weights are damaged; download "
-            "them again, or take an earlier checkpoint of their training"
-        )
-
-
-def _with_mean_row(embeddings: Tensor, row: int, known_rows: int) -> Tensor:
-    """The embeddings (V, H) with the mean of the first `known_rows` in one row."""
-    changed = embeddings.clone()
-    changed[row] = _mean_row(embeddings, known_rows)
-    return changed
-
-
-def _mean_row(embeddings: Tensor, known_rows: int) -> Tensor:
-    """The mean (H,) of the first `known_rows` of the embeddings (V, H), in float64."""
-    total = torch.zeros(embeddings.shape[1], dtype=torch.float64)
-    for rows in embeddings[:known_rows].split(1024):
-        total += rows.sum(0, dtype=torch.float64)
-    return total / known_rows
-
-
-def _fresh_tensors(tower: OneTowerCheckpoint, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that the source lacks, by name: identity time conditioning, or adapters that add nothing.
-
-    The mask embedding of adapters is the mean of all rows. Random weights are drawn in fp32, so that a seed gives the
-    same in every dtype.
-    """
-    out: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if not tower.model.has_adapters:
-            time = TimeConditioning(tower.model.config.hidden_size, tower.model.spec.num_layers)
-            return {f"time.{name}": tensor.to(dtype) for name, tensor in time.state_dict().items()}
-        for path, module in tower.model.named_modules():
-            if isinstance(module, LowRank):
-                own = module.to_empty(device="cpu")
-                own.reset_parameters()
-                out |= {f"{path}.{name}": tensor.to(dtype) for name, tensor in own.state_dict().items()}
-    embeddings = tower.weights.read(tower.places["embeddings.weight", None])
-    out["context.mask_embedding.weight"] = _mean_row(embeddings, len(embeddings)).to(dtype)
-    return out
-
-
 def _adapter_notes(stored: AdapterFolder | None, tower: OneTowerCheckpoint) -> Iterator[str]:
     if stored is None or stored.weights_sha256 is None:
         return
@@ -278,15 +232,6 @@ def _adapter_notes(stored: AdapterFolder | None, tower: OneTowerCheckpoint) -> I
             "the adapters come from a backbone with other weights than these (another version, or quantised weights); "
             "AR and verified decoding stay exact, and fewer drafts may be accepted"
         )
-
-
-def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None, origin: Path) -> None:
-    for place in tower.places.values():
-        if dtype is None and tower.weights.dtype(place) == torch.float16:
-            raise CheckpointError(
-                f"{origin}: {place.disk} is stored as F16, which a two-tower model does not support; "
-                "convert it with --dtype bfloat16 or --dtype float32"
-            )
 
 
 def _of_context(entry: TensorEntry) -> bool:

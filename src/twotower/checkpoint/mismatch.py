@@ -13,6 +13,8 @@ from twotower.errors import CheckpointError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\blayers\.(\d+)\..*\bexperts\.(\d+)\.")
+_DENOISER_LAYER = re.compile(r"denoiser_tower\.layers\.(\d+)\.(.*)")
+_EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+\.")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 _DELTA_NET = ("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim")
@@ -56,10 +58,11 @@ def sources_of_shape(memory: str, config: TwoTowerConfig) -> str:
 
 
 def check_counts(file: Path, found: Iterable[str], needed: Iterable[str], config: TwoTowerConfig) -> None:
-    """Raises CheckpointError if the weights of a generic backbone have another number of layers or experts."""
+    """Raises CheckpointError if the weights of a generic backbone have other layers or another number of experts."""
     if not isinstance(config, GenericTwoTowerConfig):
         return
     found, needed = list(found), list(needed)
+    _check_denoiser(file, found, needed, config)
     layers, wanted = (len({m[1] for name in names if (m := _LAYER.search(name))}) for names in (found, needed))
     if layers != wanted:
         raise CheckpointError(
@@ -76,6 +79,39 @@ def check_counts(file: Path, found: Iterable[str], needed: Iterable[str], config
                 f"{file}: layer {layer} has {count} experts, but config.json has {key} {selected[layer]}; use the "
                 "config.json of these weights"
             )
+
+
+def _check_denoiser(file: Path, found: Iterable[str], needed: Iterable[str], config: GenericTwoTowerConfig) -> None:
+    """Raises CheckpointError if a denoiser tower has not the layers that config.json names, or other kinds of layers.
+
+    needed: without those of the denoiser if it is not loaded.
+    """
+    own = config.denoiser
+    there, wanted = _denoiser_layers(found), _denoiser_layers(needed)
+    if not wanted or (own.denoiser_layers is None and own.denoiser_feed_forward is None):
+        return
+    named = "all layers" if own.denoiser_layers is None else f"denoiser_layers {list(own.denoiser_layers)}"
+    if len(there) != len(wanted):
+        raise CheckpointError(
+            f"{file}: the denoiser tower has {len(there)} layers, but config.json has {named}; use the config.json of "
+            "these weights"
+        )
+    for layer, parts in wanted.items():
+        if there.get(layer) != parts:
+            number = layer if own.denoiser_layers is None else own.denoiser_layers[layer]
+            raise CheckpointError(
+                f"{file}: layer {layer} of the denoiser tower is of another kind than config.json says, which makes it "
+                f"the counterpart of layer {number}; use the config.json of these weights"
+            )
+
+
+def _denoiser_layers(names: Iterable[str]) -> dict[int, set[str]]:
+    """The tensors of each layer of the denoiser tower, without the numbers of experts."""
+    layers: dict[int, set[str]] = {}
+    for name in names:
+        if match := _DENOISER_LAYER.match(name):
+            layers.setdefault(int(match[1]), set()).add(_EXPERT_NUMBER.sub("", match[2]))
+    return layers
 
 
 def _experts(names: Iterable[str]) -> dict[str, int]:

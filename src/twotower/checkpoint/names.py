@@ -75,6 +75,7 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
     """
     out: list[TensorEntry] = []
     family = family_of(model.config)
+    specs = {"context": model.spec, "denoiser": model.spec if model.denoiser is None else model.denoiser.spec}
     for memory, shape in weight_shapes(model).items():
         first, part = memory.split(".", 1)
         if first == "time":
@@ -83,7 +84,7 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
             own = part.removeprefix("layers.").replace(".adapter", "")
             out.append(TensorEntry(f"adapters.{own}", memory, None, shape, shape))
         else:
-            out += _entries(memory, shape, family, model.spec, TWO_TOWERS[first])
+            out += _entries(memory, shape, family, specs[first], TWO_TOWERS[first])
     return out
 
 

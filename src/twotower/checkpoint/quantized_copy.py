@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint import names, pretrained, reader, tokenizer_files
-from twotower.checkpoint.convert import counter
+from twotower.checkpoint.convert import CALIBRATED, counter
 from twotower.checkpoint.names import SCALE, TensorEntry
 from twotower.checkpoint.output_folder import check_target, unfinished_folder
 from twotower.checkpoint.quantize import quantization_of, quantize_
@@ -33,8 +33,6 @@ from twotower.model.fp32_tensors import named_tensors, target_dtype
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int4, int8
 from twotower.quantization import QuantizationPlan
-
-CALIBRATED = "calibrated"  # folder of the calibration's files, inside the unfinished checkpoint
 
 
 class Calibration(Protocol):

@@ -65,6 +65,7 @@ def describe(path: Path) -> Facts:
         from twotower.checkpoint.stored_quantization import stored_plan
         from twotower.checkpoint.tokenizer_files import TOKENIZER_FILES
         from twotower.cli.info_backbone import backbone_facts, refuse_one_tower
+        from twotower.cli.info_denoiser import denoiser_facts, layer_numbers
         from twotower.cli.info_generation import generation_facts, read_tokenizer
         from twotower.config import TwoTowerConfig, errors_of
         from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -91,6 +92,8 @@ def describe(path: Path) -> Facts:
         "dtype": dtype,
         "pattern": model.spec.pattern,
         "adapters": _adapters(model, models_by_dtype),
+        "denoiser": denoiser_facts(model),
+        "layer_numbers": layer_numbers(model.spec),
         "backbone": backbone_facts(config, model.spec),
         "layers": _layers(model.spec),
         "shape": _shape(model.spec),

@@ -92,12 +92,23 @@ class AdapterFacts(TypedDict):
     read_bytes: dict[str, int]
 
 
+class DenoiserFacts(TypedDict):
+    """A denoiser tower that lacks layers or has another feed-forward. layers: numbers of the backbone's layers."""
+
+    pattern: str
+    layers: list[int]
+    feed_forward: str | None
+    parameters: int
+
+
 class Facts(TypedDict):
     """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
-    device."""
+    device. layer_numbers: of the backbone's layers, by kind. denoiser: None if it is a full tower, or adapters."""
 
     path: str
     adapters: AdapterFacts | None
+    denoiser: DenoiserFacts | None
+    layer_numbers: dict[str, list[int]]
     backbone: BackboneFacts
     architectures: list[str] | None
     dtype: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from twotower.cli.info_facts import (
         AdapterFacts,
         BackboneFacts,
+        DenoiserFacts,
         Facts,
         GenerationFacts,
         ParameterCounts,
@@ -40,12 +41,16 @@ def page(facts: Facts) -> Iterator[str]:
 
 def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     layers = ", ".join(f"{count} {name}" for name, count in facts["layers"].items())
+    numbers = [f"{kind:<2} {format_numbers(each)}" for kind, each in facts["layer_numbers"].items()]
     yield "layers", [f"{len(facts['pattern'])}: {layers}", format_pattern(facts["pattern"])]
+    yield "numbers", numbers
     yield "backbone", list(_backbone(facts["backbone"]))
     yield "shape", list(_shape(facts["shape"]))
-    yield "parameters", list(_parameters(facts["parameters"], facts["adapters"]))
+    yield "parameters", list(_parameters(facts["parameters"], facts["adapters"], facts["denoiser"]))
     if facts["adapters"] is not None:
         yield "denoiser", list(_adapters(facts["adapters"]))
+    if facts["denoiser"] is not None:
+        yield "denoiser", list(_denoiser(facts["denoiser"]))
     yield "weights in", list(_memory(facts["memory"], facts["adapters"]))
     yield "state", list(_state(facts["state"], facts["adapters"] is None))
     for device, rows in facts["backends"].items():
@@ -96,8 +101,14 @@ def _shape(shape: dict[str, int]) -> Iterator[str]:
         yield f"MLP: width {shape['intermediate_size']}"
 
 
-def _parameters(count: ParameterCounts, adapters: AdapterFacts | None) -> Iterator[str]:
-    if adapters is None:
+def _parameters(count: ParameterCounts, adapters: AdapterFacts | None, denoiser: DenoiserFacts | None) -> Iterator[str]:
+    if denoiser is not None:
+        yield (
+            f"{format_count(count['per_tower'])} of the context tower, {format_count(denoiser['parameters'])} of the "
+            f"denoiser; {format_count(count['both_towers'])} in all, "
+            f"of which time conditioning {format_count(count['time_conditioning'])}"
+        )
+    elif adapters is None:
         yield (
             f"{format_count(count['per_tower'])} per tower; {format_count(count['both_towers'])} in all, "
             f"of which time conditioning {format_count(count['time_conditioning'])}"
@@ -113,6 +124,14 @@ def _parameters(count: ParameterCounts, adapters: AdapterFacts | None) -> Iterat
         yield (
             f"{count['moe_share']:.1%} of a tower in MoE layers, {count['routed_expert_share']:.1%} in routed experts"
         )
+
+
+def _denoiser(facts: DenoiserFacts) -> Iterator[str]:
+    yield f"{len(facts['pattern'])} layers: {format_pattern(facts['pattern'])}"
+    yield f"for layers {format_numbers(facts['layers'])} of the backbone"
+    if facts["feed_forward"] is not None:
+        yield facts["feed_forward"]
+    yield f"{format_count(facts['parameters'])} parameters, without time conditioning"
 
 
 def _adapters(adapters: AdapterFacts) -> Iterator[str]:
@@ -194,6 +213,17 @@ def format_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {name}"
     return str(count)
+
+
+def format_numbers(numbers: Sequence[int]) -> str:
+    """Increasing numbers; runs of at least three as a range: 0, 4, 8–11."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
 
 
 def format_pattern(pattern: str) -> str:

@@ -16,6 +16,7 @@ from twotower.cli.terminal import byte_bar
 
 if TYPE_CHECKING:
     from twotower.checkpoint.convert import ConversionResult
+    from twotower.evaluation.feed_forward import TextFeedForward
 
 
 @click.command()
@@ -44,6 +45,33 @@ if TYPE_CHECKING:
     help="Rank of adapters on the context tower, which are the denoiser. [default: the denoiser is a second tower]",
 )
 @click.option(
+    "--denoiser-layers",
+    metavar="SPEC",
+    help="Layers of the source that the second tower has: every:N, first:N, last:N, numbers and ranges such as "
+    "0,4,8-11, or several of these with +. twotower info lists the numbers. [default: all]",
+)
+@click.option(
+    "--denoiser-feed-forward",
+    metavar="KIND",
+    help="In the place of the second tower's MoE layers: experts:K, the K experts that --calibrate uses most, or "
+    "dense:WIDTH, an MLP fitted to them. [default: the same MoE layers]",
+)
+@click.option(
+    "--calibrate",
+    "calibration",
+    multiple=True,
+    metavar="DATA",
+    help="Text for --denoiser-feed-forward: a file or data set as in twotower train. Can be repeated.",
+)
+@click.option(
+    "--calibration-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=65_536,
+    show_default=True,
+    help="Tokens of --calibrate to read.",
+)
+@click.option(
     "--adapters",
     metavar="PATH",
     help="Adapters of this model that twotower export --to peft wrote, a directory or hub id: they are the denoiser.",
@@ -67,6 +95,10 @@ def init(
     output: Path,
     mask_token: str | None,
     denoiser_lora: int | None,
+    denoiser_layers: str | None,
+    denoiser_feed_forward: str | None,
+    calibration: tuple[str, ...],
+    calibration_tokens: int,
     adapters: str | None,
     dtype: str | None,
     max_shard_size: str,
@@ -79,8 +111,9 @@ def init(
     The source is a checkpoint of a supported family: Nemotron-H, Llama, Qwen and others. Both towers
     start as copies of the source. The time conditioning starts as the identity, so the untrained denoiser
     computes what the source computes. With --denoiser-lora there is no second tower: the denoiser is the source itself
-    with low-rank adapters, which start without an effect. Tensors are copied one at a time, so a model of any size
-    needs little memory.
+    with low-rank adapters, which start without an effect. With --denoiser-layers the second tower has some of the
+    source's layers. With --denoiser-feed-forward it has fewer experts, or an MLP instead. Tensors are copied one at a
+    time, so a model of any size needs little memory.
 
     A mask stands for a token that is not known yet. The mask token must be one that no text contains. The command
     prints its choice and the reason, and config.json keeps it.
@@ -94,6 +127,9 @@ def init(
             mask_token=mask_token,
             denoiser_lora=denoiser_lora,
             adapters=adapters,
+            denoiser_layers=denoiser_layers,
+            denoiser_feed_forward=denoiser_feed_forward,
+            calibration=_calibration(calibration, calibration_tokens),
             dtype=dtype,
             max_shard_size=max_shard_size,
             seed=seed,
@@ -112,6 +148,18 @@ def init(
     click.secho(f"next: twotower {use}", err=True, dim=True)
 
 
+def _calibration(data: tuple[str, ...], tokens: int) -> TextFeedForward | None:
+    """The calibration with this text, with a line for each layer on stderr; None without text."""
+    if not data:
+        return None
+    import torch
+
+    from twotower.evaluation.feed_forward import TextFeedForward
+
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return TextFeedForward(data=data, tokens=tokens, device=device, progress=lambda line: click.echo(line, err=True))
+
+
 def summary(made: ConversionResult) -> Iterator[str]:
     """Lines that describe the new checkpoint."""
     from twotower.byte_units import format_bytes
@@ -122,11 +170,30 @@ def summary(made: ConversionResult) -> Iterator[str]:
     yield click.style(str(made.directory), bold=True)
     layers = f"({len(made.pattern)} layers: {info_page.format_pattern(made.pattern)})"
     if made.adapter_rank is None:
-        towers = f"two towers of {count(made.parameters_per_tower)} parameters {layers}"
+        own = made.denoiser_layers is not None or made.denoiser_feed_forward is not None
+        towers = "a context tower" if own else "two towers"
+        towers = f"{towers} of {count(made.parameters_per_tower)} parameters {layers}"
         yield f"{towers}, time conditioning {count(made.time_parameters)}"
+        if own:
+            yield from _own_denoiser(made)
     else:
         tower = f"one tower of {count(made.parameters_per_tower)} parameters {layers}"
         yield f"{tower}, adapters of rank {made.adapter_rank} with {count(made.adapter_parameters)}"
     yield f"{size(made.bytes)} in {files}, {made.dtype}"
     text = "" if made.mask_token is None else f" {made.mask_token!r}"
     yield f"mask token id {made.mask_token_id}{text}: {made.mask_reason}"
+
+
+def _own_denoiser(made: ConversionResult) -> Iterator[str]:
+    """Lines about a second tower that has fewer layers or another feed-forward than the first."""
+    from twotower.cli import info_page
+
+    parts = [f"a denoiser of {info_page.format_count(made.denoiser_parameters)} parameters"]
+    if made.denoiser_layers is not None:
+        parts.append(f"layers {info_page.format_numbers(made.denoiser_layers)} of the source")
+    if made.denoiser_feed_forward is not None:
+        parts.append(f"feed-forward {made.denoiser_feed_forward}")
+    yield ", ".join(parts)
+    if made.feed_forward_errors:
+        errors = ", ".join(f"{layer}: {error:.3f}" for layer, error in made.feed_forward_errors.items())
+        yield f"relative error of the feed-forward by layer of the source: {errors}"

@@ -37,8 +37,10 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     yield "verdict", list(_verdict(plan))
     yield "run", list(_run(plan.setup))
     count = plan.parameters
-    tower = f"{_big(count.per_tower)} {'per tower' if plan.setup.adapters is None else 'of the context tower'}"
-    yield "parameters", [f"{tower}; {_big(count.trained)} trained, {_big(count.frozen)} held frozen"]
+    towers = f"{_big(count.per_tower)} {'per tower' if plan.setup.adapters is None else 'of the context tower'}"
+    if count.denoiser != count.per_tower:
+        towers = f"{_big(count.per_tower)} of the context tower, {_big(count.denoiser)} of the denoiser"
+    yield "parameters", [f"{towers}; {_big(count.trained)} trained, {_big(count.frozen)} held frozen"]
     yield "memory", [*_memory(plan.memory), *_activations(plan)]
     yield "FLOPs", list(_work(plan))
     yield "traffic", list(_messages(plan))

@@ -63,7 +63,9 @@ class TextCalibration:
         batches = text_batches(self.data, encoder, self.tokens, row_length(made.spec.max_position_embeddings))
         with torch.device("meta"):
             model = TwoTowerModel(config)
-        streams = _Streams(LayerReader(model, origin, torch.float32, torch.device(self.device)), batches, self.seed)
+        streams = _Streams(
+            LayerReader.of_two_towers(model, origin, torch.float32, torch.device(self.device)), batches, self.seed
+        )
         schemes = {path: scheme_of(module) for path, module in large_weights(made)}
         found: dict[str, Path] = {}
         for i in range(model.spec.num_layers):
@@ -87,6 +89,7 @@ class _Streams:
         self.clean: list[Tensor] = []
         self.noisy: list[Tensor] = []
         assert self.model.denoiser is not None
+        self.places = {layer: place for place, layer in enumerate(self.model.denoiser.spec.context_layers)}
         for path in ("context.embeddings", "denoiser.embeddings", "time"):
             weights.load(path)
         for batch in batches:
@@ -105,14 +108,20 @@ class _Streams:
         self.noisy.append(self.model.denoiser.embed(layout.to_blocks(corrupted)))
 
     def round_layer(self, i: int, schemes: Mapping[str, Scheme]) -> dict[str, Tensor]:
-        """Rounds layer i of both towers, and moves the streams past it → int4 data of its weights, by name."""
-        paths = f"context.layers.{i}", f"denoiser.layers.{i}"
-        context, denoiser = (self.weights.load(path) for path in paths)
-        assert isinstance(context, Layer)
-        assert isinstance(denoiser, Layer)
-        passes = partial(self._read, context), partial(self._denoise, context, denoiser, i)
+        """Rounds context layer i and the denoiser layer that reads its cache, and moves the streams past them.
+
+        Returns int4 data of their weights, by name.
+        """
+        paths = [f"context.layers.{i}"]
+        place = self.places.get(i)
+        if place is not None:
+            paths.append(f"denoiser.layers.{place}")
+        layers = [self._layer(path) for path in paths]
+        passes: list[Callable[[int], Tensor]] = [partial(self._read, layers[0])]
+        if place is not None:
+            passes.append(partial(self._denoise, layers[0], layers[1], place))
         found: dict[str, Tensor] = {}
-        for path, layer, run in zip(paths, (context, denoiser), passes, strict=True):
+        for path, layer, run in zip(paths, layers, passes, strict=True):
             start = f"{path}."
             own = {name.removeprefix(start): scheme for name, scheme in schemes.items() if name.startswith(start)}
             with recorded(layer, own) as inputs:
@@ -120,11 +129,17 @@ class _Streams:
                     run(number)
             found |= {start + name: data for name, data in round_weights(layer, own, inputs, path).items()}
         for number in range(len(self.layouts)):
-            self.noisy[number] = passes[1](number)
+            if place is not None:
+                self.noisy[number] = passes[1](number)
             self.clean[number] = passes[0](number)
         for path in paths:
             self.weights.unload(path)
         return found
+
+    def _layer(self, path: str) -> Layer:
+        layer = self.weights.load(path)
+        assert isinstance(layer, Layer)
+        return layer
 
     def _read(self, layer: Layer, number: int) -> Tensor:
         return read_layer(layer, self.clean[number], self.layouts[number])[0]

@@ -229,10 +229,12 @@ def final_hidden(model: TwoTowerForCausalLM, batch: Batch, noise: Corruption) ->
     clean = model.context.embed(batch.tokens)
     noisy = model.denoiser.embed(layout.to_blocks(batch.tokens.masked_fill(noise.masked, model.config.mask_token)))
     t = layout.select_blocks(noise.t.flatten())
-    pairs = zip(model.context.all_layers(), model.denoiser.all_layers(), strict=True)
-    for i, (reader, writer) in enumerate(pairs):
+    writers = list(model.denoiser.all_layers())
+    places = {layer: place for place, layer in enumerate(model.denoiser.spec.context_layers)}
+    for i, reader in enumerate(model.context.all_layers()):
         clean, past = read_layer(reader, clean, layout)
-        noisy = denoise_layer(writer, noisy, past, model.time.of_layer(t, i), layout)
+        if (place := places.get(i)) is not None:
+            noisy = denoise_layer(writers[place], noisy, past, model.time.of_layer(t, place), layout)
     return model.context.norm_f(clean), layout.to_rows(model.denoiser.norm_f(noisy))
 
 

@@ -35,7 +35,7 @@ def _spec(config: PretrainedConfig) -> TowerSpec:
 
 
 def _names(layer: LayerSpec) -> Names:
-    return llama.ATTENTION if layer.kind == "*" else _EXPERTS
+    return _EXPERTS if layer.kind == "E" else llama.names(layer)
 
 
 def stacked_experts(layer: LayerSpec, module: str = "mlp") -> Names:

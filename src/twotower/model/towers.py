@@ -16,9 +16,11 @@ from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import ContextView
 from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, Replica
 from twotower.cache.sliding_window import prefill_limit
+from twotower.cache.state_caches import caches_of
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError, ConfigError, TwoTowerError
 from twotower.families import tower_spec
+from twotower.families.denoiser import denoiser_of
 from twotower.model import long_rope
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import preserving_fp32
@@ -63,8 +65,9 @@ class TwoTowerModel(nn.Module):
         spec = tower_spec(config)
         self.context = Tower(spec)
         full = towers == "both" and config.denoiser.adapters is None
-        self.denoiser = Tower(spec) if full else None
-        self.time = TimeConditioning(spec.hidden_size, spec.num_layers) if full else None
+        own = denoiser_of(config, spec)
+        self.denoiser = Tower(own) if full else None
+        self.time = TimeConditioning(own.hidden_size, own.num_layers) if full else None
         if towers == "both" and config.denoiser.adapters is not None:
             if spec.original_length is not None:
                 raise ConfigError(
@@ -107,7 +110,7 @@ class TwoTowerModel(nn.Module):
 
     @property
     def spec(self) -> TowerSpec:
-        """The layers of a tower and their options; equal for both towers."""
+        """The layers of the context tower and their options; those of the denoiser are `denoiser.spec`."""
         return self.context.spec
 
     @property
@@ -166,7 +169,7 @@ class TwoTowerModel(nn.Module):
         denoiser = self._denoiser()
         if self.transfer is None and denoiser.device == self.context.device:
             return LocalReader(state)
-        return Replica(state, denoiser.device, self.transfer or DeviceTransfer())
+        return Replica(state, denoiser.device, self.transfer or DeviceTransfer(), denoiser.spec.counterparts)
 
     @property
     def prefill_chunk(self) -> int:
@@ -246,7 +249,8 @@ class TwoTowerModel(nn.Module):
             token_mask=_token_mask(block, lengths), causal=causal, start=view.lengths, long=view.long
         )
         modulation = None if t is None or self.time is None else self.time(t)
-        hidden, _ = denoiser(block, meta, view.past, modulation, keep_step_inputs=False)
+        past = caches_of(view.past, denoiser.spec.counterparts)
+        hidden, _ = denoiser(block, meta, past, modulation, keep_step_inputs=False)
         return denoiser.logits(hidden, upcast_logits)
 
     def _extend(

@@ -115,7 +115,7 @@ class DecodePass:
 
     def __init__(self, tower: Tower, shape: PassShape) -> None:
         self.shape = shape
-        self._tables = PassTables(tower.spec, shape)
+        self._tables, self._layers = PassTables(tower.spec, shape), tower.spec.counterparts
         self._like = torch.empty(0, dtype=shape.dtype)
         self._decoder = Decoder(
             pass_options=self._tables.pass_options,
@@ -187,7 +187,7 @@ class DecodePass:
     def _fill(self, rows: StateRows, rotations: RotationTables) -> bool:
         """Fills in the addresses of the state; False if it is not supported."""
         slots = None if rows.slots == list(range(rows.state.rows)) else torch.tensor(rows.slots)
-        past = StateCaches(rows.state, slots, self._length_tensor)
+        past = StateCaches(rows.state, slots, self._length_tensor, self._layers)
         meta = AttentionMetadata(start=self._length_tensor)
         kept = self._tables.fill(PassInputs(self._tokens, meta, past), rotations)
         self._decoder.slots = None if slots is None else slots.data_ptr()

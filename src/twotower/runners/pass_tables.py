@@ -69,7 +69,7 @@ class PassTables:
         self._inputs = np.zeros(len(pattern) * PLACES_PER_LAYER, np.uintp)
         self._modulation_places = _places(range(len(pattern)), MODULATION)
         self._pool_places = np.concatenate([_places(self._attention, PAST_POOLS), _places(mamba, PAST_STATE)])
-        self._pools: np.ndarray | None = None  # the addresses at these places
+        self._pools: np.ndarray | None = None  # the addresses in the state from which these places are filled
         windows: dict[int | None, list[int]] = {spec.window_of(i): [] for i in self._attention}
         for i in self._attention:
             windows[spec.window_of(i)].append(i)
@@ -134,12 +134,14 @@ class PassTables:
         """Fills in the addresses of a state's pools, and where its rows lie in them → tensors as of `fill`."""
         pools = past.state.addresses.current()
         if pools is not self._pools:
-            self._inputs[self._pool_places] = self._pools = pools
+            self._pools = pools
+            self._inputs[self._pool_places] = past.pool_addresses(pools)
         kept: list[Tensor] = []
         for group in past.state.kv_groups:
             for window, layout in group.layouts(past.rows, past.lengths).items():
-                self._inputs[self._layout_places[window]] = _addresses(layout)
-                kept += layout
+                if window in self._layout_places:  # a denoiser that lacks layers may have none with this window
+                    self._inputs[self._layout_places[window]] = _addresses(layout)
+                    kept += layout
         return kept
 
     def updates(self, like: Tensor) -> list[CacheUpdate]:

@@ -25,7 +25,7 @@ from twotower.training.columns import (
     wanted_columns,
 )
 from twotower.training.data.batch import Batch
-from twotower.training.layer_pair import AutoregressiveLayer, pair_layers, run_unit
+from twotower.training.layer_pair import AutoregressiveLayer, LayerPair, pair_layers, run_pair, run_unit
 from twotower.training.logits import negative_log_likelihood
 from twotower.training.noise import Corruption, NoiseScope
 from twotower.training.patterns import draw_masks
@@ -139,8 +139,8 @@ class DenoisingObjective(nn.Module):
         )
         self.embeddings, self.norm_f, self.head, self.time = denoiser.embeddings, denoiser.norm_f, denoiser.head, time
         pairs = pair_layers(
-            list(context.all_layers()),
-            list(denoiser.all_layers()),
+            context,
+            denoiser,
             train_context=options.train_context,
             all_context_layers=options.ar_weight > 0 or options.recipe.teacher,
         )
@@ -229,10 +229,10 @@ class DenoisingObjective(nn.Module):
         tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
         noisy = self.denoiser.embed(layout.to_blocks(tokens))
         apart = []
-        for i, unit in enumerate(self.units):
-            read, noisy = run_unit(unit, self.options.activation_checkpointing, clean, noisy, change[i], layout)
-            clean = clean if read is None else read
-            if columns is not None and self.options.recipe.alignment:
+        for unit in self.units:
+            assert isinstance(unit, LayerPair)
+            clean, noisy = run_pair(unit, self.options.activation_checkpointing, (clean, noisy), change, layout)
+            if unit.denoiser is not None and columns is not None and self.options.recipe.alignment:
                 apart.append(misalignment(noisy, clean, layout, columns))
         return layout.to_rows(self.norm_f(noisy)), clean, torch.stack(apart).mean(0) if apart else None
 
@@ -258,4 +258,7 @@ class DenoisingObjective(nn.Module):
         return position_weights(wanted, block_size, self.options.recipe.position_decay)
 
     def _modulations(self, masks: Corruption, layout: Layout) -> Sequence[Modulation | None]:
-        return self.time(layout.select_blocks(masks.t.flatten())) if self.options.time else [None] * len(self.units)
+        if not self.options.time:
+            return [None] * self.denoiser.spec.num_layers
+        changes: Sequence[Modulation | None] = self.time(layout.select_blocks(masks.t.flatten()))
+        return changes

@@ -14,6 +14,7 @@ from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.stored_quantization import refuse_quantized
 from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig, read_object
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.errors import ArgumentError, ConfigError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import has_fast_bf16_matmul
@@ -132,6 +133,8 @@ def train_denoiser(
     refuse_quantized(config, source, "training")
     if config.denoiser.adapters is not None:
         _check_adapters(settings, source)
+    elif settings.tie and config.denoiser != DenoiserConfig():
+        raise ArgumentError(f"{source}: its denoiser has other layers than the context tower; leave out --tie")
     with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
 
@@ -249,7 +252,10 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def _backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
     """Fields of config.json, on which a run depends: the file may have changed under the same name."""
     fields = config.backbone if isinstance(config, GenericTwoTowerConfig) else asdict(config.layer_fields)
-    return {f"config.{name}": value for name, value in fields.items()}
+    found = {f"config.{name}": value for name, value in fields.items()}
+    own = asdict(config.denoiser)
+    shape = {f"config.{name}": own[name] for name in ("denoiser_layers", "denoiser_feed_forward")}
+    return found | {name: value for name, value in shape.items() if value is not None}
 
 
 def _set_determinism(settings: RunSettings) -> None:

@@ -72,17 +72,22 @@ def two_tower_step(
     activation_checkpointing: bool,
     train_context: bool = False,
     teacher: bool = False,
+    denoiser: TowerSpec | None = None,
 ) -> StepFlops:
     """FLOPs of the denoising objective: the context layers that are run, the denoiser, the head at masked positions.
 
-    teacher: all context layers are run, and the context's head at masked positions.
+    teacher: all context layers are run, and the context's head at masked positions. denoiser: its layers, if they are
+    not those of the context tower.
     """
-    layers = spec.layers
-    last = max((i for i, layer in enumerate(layers) if layer.kind in COUPLED_KINDS or teacher), default=-1)
-    reading = [layer_work(layer, spec, row_length, block_size, "context") for layer in layers[: last + 1]]
+    own = denoiser or spec
+    coupled = [i for i, layer in zip(own.context_layers, own.layers, strict=True) if layer.kind in COUPLED_KINDS]
+    last = spec.num_layers - 1 if teacher else max(coupled, default=-1)
+    reading = [layer_work(layer, spec, row_length, block_size, "context") for layer in spec.layers[: last + 1]]
     role = "coupled denoiser" if train_context else "denoiser"
-    denoising = [layer_work(layer, spec, row_length, block_size, role) for layer in layers]
-    forward = sum(work.forward for work in [*reading, *denoising])
+    denoising = [layer_work(layer, own, row_length, block_size, role) for layer in own.layers]
+    # A frozen context layer without a counterpart has no gradients, so it is not computed again.
+    again = [work for i, work in enumerate(reading) if train_context or i in own.context_layers]
+    forward = sum(work.forward for work in [*again, *denoising])
     return StepFlops(
         context=sum(work.forward for work in reading) + (_context_backward(reading) if train_context else 0.0),
         denoiser=sum(work.forward + work.backward for work in denoising),

@@ -43,6 +43,7 @@ def build(
     activation_checkpointing: bool,
     adapters: int | None = None,
     teacher: bool = False,
+    denoiser_spec: TowerSpec | None = None,
 ) -> tuple[AnyObjective, int]:
     """The objective on the meta device, in the dtypes of a forward pass under FSDP; and the parameters of a tower."""
     make_tower = tower_with_grouped_experts if dtype == torch.bfloat16 else Tower
@@ -58,9 +59,9 @@ def build(
         cast(objective, dtype)
         return objective, count
     with torch.device("meta"):
-        denoiser = make_tower(spec)
+        denoiser = make_tower(denoiser_spec or spec)
         reader = denoiser if context == "tied" else make_tower(spec)
-        time = TimeConditioning(spec.hidden_size, spec.num_layers)
+        time = TimeConditioning(spec.hidden_size, denoiser.spec.num_layers)
     options = DenoisingOptions(
         mask_token_id=0,
         train_context=context != "frozen",
@@ -69,7 +70,7 @@ def build(
     )
     objective = DenoisingObjective(reader, denoiser, time, options)
     cast(objective, dtype)
-    return objective, sum(p.numel() for p in denoiser.parameters())
+    return objective, sum(p.numel() for p in reader.parameters())
 
 
 def measure_profile(
@@ -83,8 +84,12 @@ def measure_profile(
     activation_checkpointing: bool = True,
     adapters: int | None = None,
     teacher: bool = False,
+    denoiser: TowerSpec | None = None,
 ) -> Profile:
-    """Measures a micro-batch in the worst case: every position is text and, for the head, masked. Takes seconds."""
+    """Measures a micro-batch in the worst case: every position is text and, for the head, masked. Takes seconds.
+
+    denoiser: its layers, if they are not those of the context tower.
+    """
     objective, per_tower = build(
         spec,
         dtype=dtype,
@@ -92,13 +97,14 @@ def measure_profile(
         activation_checkpointing=activation_checkpointing,
         adapters=adapters,
         teacher=teacher,
+        denoiser_spec=denoiser,
     )
     blocks = micro_batch_size * row_length // block_size
     document = torch.zeros(micro_batch_size, row_length, dtype=torch.long, device="meta")
     prefix = None if adapters is None else torch.zeros(blocks, dtype=torch.long, device="meta")
     layout = Layout(document, block_size, torch.arange(blocks, device="meta"), prefix)
     stream = torch.promote_types(dtype, torch.float32) if spec.residual_in_fp32 else dtype
-    measured: dict[tuple[LayerSpec, bool], UnitUse] = {}
+    measured: dict[tuple[LayerSpec, LayerSpec | None, bool], UnitUse] = {}
     with FusedAttention(), LiveBytes() as live:
         own = None
         if isinstance(objective, DenoisingObjective):
@@ -111,14 +117,13 @@ def measure_profile(
         shape = (micro_batch_size, row_length, spec.hidden_size)
         for unit in objective.units:
             assert isinstance(unit, LayerPair)
-            key = _kind(unit)
-            if key not in measured:
+            if (key := _kind(unit)) not in measured:
                 measured[key] = _measure_unit(live, unit, activation_checkpointing, layout, own, shape, stream)
         tail = _measure_tail(live, objective, shape, stream)
     units, root, replicated, trained = _shares(objective)
-    kinds = [_kind(unit) for unit in objective.units if isinstance(unit, LayerPair)]
+    pairs = zip(units, (unit for unit in objective.units if isinstance(unit, LayerPair)), strict=True)
     return Profile(
-        units=tuple(Unit(share, measured[key]) for share, key in zip(units, kinds, strict=True)),
+        units=tuple(Unit(share, measured[_kind(unit)], _gathers(unit)) for share, unit in pairs),
         root=root,
         head=objective.head.weight.nbytes if objective.head.weight.requires_grad else 0,
         tied_head=spec.tied_head,
@@ -128,13 +133,20 @@ def measure_profile(
         modulation=0 if own is None else 3 * own.gate.nbytes,
         tail=tail,
         per_tower=per_tower,
+        denoiser=per_tower if adapters is not None else sum(p.numel() for p in tower_of(objective).parameters()),
         itemsize=dtype.itemsize,
     )
 
 
-def _kind(unit: LayerPair) -> tuple[LayerSpec, bool]:
+def _gathers(unit: LayerPair) -> int:
+    """See `Unit.gathers`."""
+    return 2 if unit.denoiser is not None or unit.train_context else int(unit.runs_context)
+
+
+def _kind(unit: LayerPair) -> tuple[LayerSpec, LayerSpec | None, bool]:
     """What the memory of a unit depends on: the options of its layers, and whether the context layer runs."""
-    return replace(unit.denoiser.spec, source=0), unit.runs_context
+    own = None if unit.denoiser is None else replace(unit.denoiser.spec, source=0)
+    return replace(unit.context.spec, source=0), own, unit.runs_context
 
 
 def _measure_unit(
@@ -146,6 +158,9 @@ def _measure_unit(
     shape: tuple[int, int, int],
     stream: torch.dtype,
 ) -> UnitUse:
+    if unit.denoiser is None and not unit.runs_context:
+        return UnitUse(0, 0, 0)
+
     def inputs() -> tuple[Tensor, Tensor]:
         clean = _stream(shape, stream) if unit.train_context else torch.empty(shape, dtype=stream, device="meta")
         noisy = _stream(shape, stream)
@@ -154,8 +169,10 @@ def _measure_unit(
     modulation = None if change is None else Modulation(*(part.detach().requires_grad_() for part in change))
 
     def forward() -> tuple[Tensor, ...]:
-        clean, noisy = run_unit(unit, activation_checkpointing, *inputs(), modulation, layout)
-        return (clean, noisy) if unit.runs_context else (noisy,)  # an unchanged stream is no output
+        clean, noisy = inputs()
+        given = (None, None) if unit.denoiser is None else (noisy, modulation)
+        made = run_unit(unit, activation_checkpointing, clean, *given, layout)
+        return tuple(stream for stream in made if stream is not None)  # an unchanged stream is no output
 
     return _measure(live, unit, forward)
 

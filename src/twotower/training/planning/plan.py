@@ -17,6 +17,7 @@ import torch
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.families import tower_spec
+from twotower.families.denoiser import denoiser_of
 from twotower.specs import TowerSpec
 from twotower.training.planning.flops import StepFlops, adapter_step, autoregressive_step, two_tower_step
 from twotower.training.planning.memory import measure_profile
@@ -32,10 +33,13 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedParameters:
-    """Numbers of parameters. The objective of a frozen context tower excludes its head and the layers that are not
-    run."""
+    """Numbers of parameters. per_tower: of the context tower; denoiser: of the denoiser tower.
+
+    The objective of a frozen context tower excludes its head and the layers that are not run.
+    """
 
     per_tower: int
+    denoiser: int
     trained: int
     frozen: int
 
@@ -118,15 +122,24 @@ def plan_from(config: TwoTowerConfig | TowerSpec, options: Mapping[str, Any]) ->
     known = {field.name for field in dataclasses.fields(Setup)}
     if unknown := sorted(set(options) - known):
         raise ArgumentError(f"plan: unknown option {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-    return make_plan(tower_spec(config) if isinstance(config, TwoTowerConfig) else config, Setup(**options))
+    if not isinstance(config, TwoTowerConfig):
+        return make_plan(config, Setup(**options))
+    context, setup = tower_spec(config), Setup(**options)
+    denoiser = denoiser_of(config, context)
+    if denoiser is not context and setup.context == "tied":
+        raise ArgumentError("plan: one network for both towers (--tie) needs a denoiser with all layers; leave it out")
+    return make_plan(context, setup, denoiser)
 
 
-def make_plan(spec: TowerSpec, setup: Setup) -> Plan:
-    """Makes the plan of a run. Takes seconds for a model of any size."""
-    measured = _measured(spec, setup)
+def make_plan(spec: TowerSpec, setup: Setup, denoiser: TowerSpec | None = None) -> Plan:
+    """Makes the plan of a run. Takes seconds for a model of any size.
+
+    denoiser: its layers, if they are not those of the context tower.
+    """
+    measured = _measured(spec, setup, denoiser)
     memory = memory_of(measured, setup)
     limit = setup.gpu_memory_gib * GIB
-    flops = _flops(spec, setup)
+    flops = _flops(spec, setup, denoiser)
     everything = [unit.share for unit in measured.units] + [measured.root]
     kept_by: dict[str, int] = {}
     for kind, unit in zip(spec.pattern, measured.units, strict=True):
@@ -135,6 +148,7 @@ def make_plan(spec: TowerSpec, setup: Setup) -> Plan:
         setup=setup,
         parameters=TrainedParameters(
             per_tower=measured.per_tower,
+            denoiser=measured.denoiser,
             trained=sum(share.count(True) for share in everything) + measured.replicated_trained,
             frozen=sum(share.count(False) for share in everything) + measured.replicated - measured.replicated_trained,
         ),
@@ -145,13 +159,13 @@ def make_plan(spec: TowerSpec, setup: Setup) -> Plan:
         ),
         traffic=_traffic(measured, setup, flops),
         hours=tuple(_hours(setup, flops, tokens) for tokens in sorted({*SHORTER, setup.tokens})),
-        remedies=() if memory.total <= limit else tuple(_remedies(spec, measured, setup)),
+        remedies=() if memory.total <= limit else tuple(_remedies(spec, measured, setup, denoiser)),
         smallest_gpus=_smallest(measured, setup),
         kept_by=kept_by,
     )
 
 
-def _flops(spec: TowerSpec, setup: Setup) -> StepFlops:
+def _flops(spec: TowerSpec, setup: Setup, denoiser: TowerSpec | None) -> StepFlops:
     sizes = setup.row_length, setup.block_size
     if setup.adapters is not None:
         return adapter_step(
@@ -167,14 +181,17 @@ def _flops(spec: TowerSpec, setup: Setup) -> StepFlops:
         activation_checkpointing=setup.activation_checkpointing,
         train_context=setup.context != "frozen",
         teacher=setup.teacher,
+        denoiser=denoiser,
     )
 
 
 def _traffic(measured: Profile, setup: Setup, flops: StepFlops) -> Traffic:
     shares: list[Share] = [*(unit.share for unit in measured.units), measured.root]
     moved = (setup.gpus - 1) / setup.gpus
-    passes = 2 * setup.micro_batches  # the forward and the backward pass each gather the weights
-    gathered = int(moved * passes * measured.itemsize * sum(share.padded(setup.gpus) for share in shares))
+    # The forward and the backward pass each gather the weights of most units.
+    counts = [*(unit.gathers for unit in measured.units), 2]
+    elements = sum(count * share.padded(setup.gpus) for count, share in zip(counts, shares, strict=True))
+    gathered = int(moved * setup.micro_batches * measured.itemsize * elements)
     reduced = int(moved * setup.micro_batches * FP32 * sum(share.padded(setup.gpus, True) for share in shares))
     rows = setup.step_rows / setup.gpus
     return Traffic(
@@ -194,11 +211,11 @@ def _hours(setup: Setup, flops: StepFlops, tokens: float) -> Hours:
     )
 
 
-def _remedies(spec: TowerSpec, measured: Profile, setup: Setup) -> Iterator[Remedy]:
+def _remedies(spec: TowerSpec, measured: Profile, setup: Setup, denoiser: TowerSpec | None) -> Iterator[Remedy]:
     """Single changes that reduce memory, the cheapest first."""
 
     def remedy(change: str, changed: Setup, anew: bool = True) -> Remedy:
-        total = memory_of(_measured(spec, changed) if anew else measured, changed).total
+        total = memory_of(_measured(spec, changed, denoiser) if anew else measured, changed).total
         return Remedy(change=change, total=total, fits=total <= setup.gpu_memory_gib * GIB)
 
     if not setup.activation_checkpointing:
@@ -221,7 +238,7 @@ def _smallest(measured: Profile, setup: Setup) -> int | None:
     return next((gpus for gpus in counts if memory_of(measured, setup.on(gpus)).total <= limit), None)
 
 
-def _measured(spec: TowerSpec, setup: Setup) -> Profile:
+def _measured(spec: TowerSpec, setup: Setup, denoiser: TowerSpec | None) -> Profile:
     return measure_profile(
         spec,
         row_length=setup.row_length,
@@ -232,4 +249,5 @@ def _measured(spec: TowerSpec, setup: Setup) -> Profile:
         activation_checkpointing=setup.activation_checkpointing,
         adapters=setup.adapters,
         teacher=setup.teacher,
+        denoiser=denoiser,
     )

@@ -35,8 +35,14 @@ class UnitUse:
 
 @dataclass(frozen=True)
 class Unit:
+    """A unit of the objective. gathers: how often a pass over a micro-batch gathers its parameters.
+
+    A frozen context layer without a denoiser layer is gathered once, and one that is not run never.
+    """
+
     share: Share
     use: UnitUse
+    gathers: int = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Profile:
     root: parameters that stay gathered for the whole pass. replicated, replicated_trained: replicated elements, and
     the trained ones among them. head: bytes of the head. tied_head: the head is the embedding. fixed: bytes of time
     conditioning, positions and document maps. modulation: bytes of one layer's time conditioning. tail: final norm,
-    head and loss.
+    head and loss. per_tower, denoiser: parameters of the context tower and of the denoiser tower.
     """
 
     units: tuple[Unit, ...]
@@ -59,6 +65,7 @@ class Profile:
     modulation: int
     tail: UnitUse
     per_tower: int
+    denoiser: int
     itemsize: int
 
     def kept(self, before: int) -> int:

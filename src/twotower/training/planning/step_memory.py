@@ -75,7 +75,7 @@ def _moments(measured: Profile, gpus: int) -> Iterator[tuple[str, int, int, int]
     grads = [size * unit.share.count(True) for unit in units]
     leaving = [FP32 * unit.share.padded(gpus, True) for unit in units] + [0]
     count = len(units)
-    for i in range(count):
+    for i in (i for i in range(count) if units[i].gathers):
         kept = measured.fixed + measured.kept(i)
         arriving = message[i] + max(message[i - 1] if i else 0, copied[i])
         yield f"layer {i}, gathered for its forward pass", arriving, kept, kept
@@ -83,7 +83,7 @@ def _moments(measured: Profile, gpus: int) -> Iterator[tuple[str, int, int, int]
     kept = measured.fixed + measured.kept(count)
     yield "the loss, forward", message[-1], measured.forward(count), kept
     yield "the loss, backward", message[-1], measured.backward(count), kept
-    for i in reversed(range(count)):
+    for i in (i for i in reversed(range(count)) if units[i].gathers > 1):
         kept = measured.left(i) + units[i].use.kept
         before = message[i - 1] if i else 0
         yield f"layer {i}, gathered for its backward pass", copied[i] + message[i] + leaving[i + 1], kept, kept
