@@ -187,7 +187,10 @@ def test_a_context_tower_alone_is_loaded(tmp_path: Path) -> None:
 def test_one_line_for_each_mistake_of_a_command(tmp_path: Path, cli: Cli) -> None:
     moe, dense = source_of(tmp_path / "moe", "mixtral"), source_of(tmp_path / "dense", "llama")
     text = text_file(tmp_path)
+    bare = tmp_path / "bare"
+    save("mixtral", bare)
     for source, options, reason in (
+        (bare, ["--denoiser-feed-forward", "dense:9", "--calibrate", text], "contains no tokenizer, which calibration"),
         (moe, ["--denoiser-layers", "2,1"], "denoiser_layers is '2,1': 1 does not come after 2"),
         (moe, ["--denoiser-feed-forward", "experts:2"], "give text with --calibrate DATA"),
         (moe, ["--calibrate", text], "none is given; leave out --calibrate"),
