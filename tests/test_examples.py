@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from bundled_server import bundled_server
+from doc_blocks import command_lines, command_problem
 
 from twotower.decoding.unmasking import POLICIES
 
@@ -46,6 +47,15 @@ def test_every_example_is_tested_and_short() -> None:
     paths = sorted(EXAMPLES.glob("*.py"))
     assert sorted(path.stem for path in paths) == sorted(TESTED)
     assert [path.name for path in paths if path.read_text().count("\n") > 40] == []
+
+
+def test_the_commands_of_your_own_model_are_valid() -> None:
+    """They take ten minutes, so they are parsed, not run."""
+    lines = list(command_lines((EXAMPLES / "own_model.sh").read_text("utf-8")))
+    own = [line for line in lines if line.startswith("twotower ")]
+    assert [line.split()[1] for line in own] == ["init", "batch", "train", "curves"]
+    assert [command_problem(line) for line in own] == [None] * 4
+    assert (EXAMPLES / "own_model_prompts.jsonl").exists()
 
 
 def test_generate(run: Run) -> None:

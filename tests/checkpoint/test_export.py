@@ -17,14 +17,21 @@ from conftest import build_random_model
 from test_against_transformers import theirs
 from test_conversion import CURRENT, MODELS, ORIGINAL, backbone, read_config, tensors, write_config
 from test_loading_memory import CHILD
-from tiny_backbones import FAMILY_NAMES, VOCAB, hf_config, hf_model, save, save_tokenizer, slow_but
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, NemotronHConfig
+from tiny_backbones import FAMILY_NAMES, VOCAB, hf_config, hf_model, in_float64, save, save_tokenizer, slow_but
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    NemotronHConfig,
+)
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.export import export_one_tower
 from twotower.checkpoint.reader import SINGLE_FILE
 
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -38,12 +45,23 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 def assert_same_logits(one: Path, other: Path, architecture: str) -> None:
     ids = torch.randint(4, 64, (2, 40), generator=torch.Generator().manual_seed(0))
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    models = [AutoModelForCausalLM.from_pretrained(path, **eager) for path in (one, other)]
+    models = [AutoModelForCausalLM.from_pretrained(path, **EAGER) for path in (one, other)]
     assert [type(model).__name__ for model in models] == [architecture] * 2
     with torch.inference_mode():
         before, after = (model(ids).logits for model in models)
     assert torch.equal(before, after)
+
+
+def assert_auto_classes(two: Path, source: Path) -> None:
+    """The Auto classes, without `trust_remote_code`, load the converted model, whose AR logits are the source's."""
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **EAGER)
+    ids = torch.randint(4, 64, (1, 20), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(two, dtype=torch.float64)
+    assert type(model) is type(AutoModel.from_pretrained(two)) is TwoTowerForCausalLM
+    with torch.inference_mode(), in_float64(original) as exact:
+        expected = exact(ids, use_cache=False).logits
+    with torch.inference_mode():
+        assert (model(ids).logits - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def assert_nemotron_config(one: Path, other: Path) -> None:
@@ -57,14 +75,20 @@ def assert_nemotron_config(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("name", slow_but((*FAMILY_NAMES, "gemma:options", "granitemoehybrid:rope")))
 def test_the_source_comes_back(name: str, tmp_path: Path) -> None:
-    """In shards or not, the source in fp32 or bf16; the file of weights is equal byte for byte."""
+    """From shards and through shards, the source in fp32 or bf16; a whole file of weights is equal byte for byte."""
     dtype = torch.bfloat16 if len(name) % 2 else torch.float32
     shards = {"max_shard_size": "30KB"} if ":" in name else {}
     hf = hf_model(name).to(dtype)
     hf.save_pretrained(tmp_path / "source", **shards)
+    hf.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     save_tokenizer(tmp_path / "source", "<mask>", mask_token="<mask>")
     (tmp_path / "source/chat_template.jinja").write_text("{{ messages }}")
-    convert(tmp_path / "source", tmp_path / "two", max_shard_size="50KB")
+    for file in FILES:
+        if (tmp_path / "source" / file).exists():
+            shutil.copy(tmp_path / "source" / file, tmp_path / "shards" / file)
+    convert(tmp_path / "shards", tmp_path / "two", max_shard_size="50KB")
+    assert_auto_classes(tmp_path / "two", tmp_path / "source")
     made = export_one_tower(tmp_path / "two", tmp_path / "one", **shards)
     assert_same_tensors(tmp_path / "source", tmp_path / "one")
     assert (made.architecture, made.notes) == (type(hf).__name__, ())
