@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from packed import MASK, case
+from preloaded import run_script
 from tiny_backbones import save
 
 from twotower import TwoTowerConfig
@@ -27,9 +27,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def bench(program: str, *arguments: str) -> dict[str, Any]:
     """Runs one benchmark ("script" or "script subcommand") on one thread; returns its JSON, its only stdout."""
     script, *subcommand = program.split()
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *subcommand, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = run_script(BENCHMARKS / f"{script}.py", *subcommand, *arguments, environment=environment)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert done.stderr.strip()  # the tables
