@@ -40,12 +40,10 @@ PATHS = {
     # No C++ kernels, and torch's default instruction set: the code path of an Arm processor without a compiler.
     "none": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
-# Files whose results depend on the instruction set: kernels, packed weights, equality, loading, one benchmark.
+# Other files whose results depend on the instruction set: equality, loading, one benchmark. Marked tests are found.
 DEPENDENT_FILES = (
-    "test_cpu_target", "test_kernels", "test_native", "test_native_backbones", "test_packing", "test_int8", "test_int4",
-    "test_integer", "test_delta_net", "test_fused_adapters", "test_compiled", "test_deterministic",
-    "test_fused_cpu", "test_conformance", "test_engine", "test_verified", "test_api", "test_batch_equality",
-    "test_state", "test_async_scheduling", "test_constraints", "test_logprobs", "test_bundled", "test_benchmarks",
+    "test_engine", "test_verified", "test_api", "test_state", "test_async_scheduling", "test_constraints",
+    "test_logprobs", "test_bundled", "test_benchmarks",
 )  # fmt: skip
 
 
@@ -67,10 +65,14 @@ def run_path(name: str, what: Literal["subset", "everything"], record: Record) -
         record(PROPERTY, f"{name}: not covered: {built}")
         pytest.skip(built)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", SELECTED[what]]
-    files = [str(next(TESTS.rglob(f"{file}.py"))) for file in DEPENDENT_FILES]
+    files = [path for path in sorted(TESTS.rglob("test_*.py")) if "pytest.mark.code_path" in path.read_text("utf-8")]
+    if what == "everything":
+        files += [next(TESTS.rglob(f"{file}.py")) for file in DEPENDENT_FILES]
     environment = {**_without_pytest(), **PATHS[name], cpu_target.VARIABLE: name, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
-    done = subprocess.run([*command, *files], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *map(str, files)], env=environment, cwd=TESTS.parent, capture_output=True, text=True
+    )
     seconds = time.monotonic() - started
     said = f"{name}, {what}: {_counts(done.stdout)} in {seconds:.0f} s"
     record(PROPERTY, said)

@@ -39,4 +39,5 @@ def _combined(values: Sequence[Any], slow: bool) -> ParameterSet:
     """One parameter set of values, with their marks."""
     sets = [value if isinstance(value, ParameterSet) else pytest.param(value) for value in values]
     marks = [mark for one in sets for mark in one.marks]
-    return pytest.param(*(one.values[0] for one in sets), marks=[*marks, pytest.mark.slow] if slow else marks)
+    name = "-".join(str(one.id or one.values[0]) for one in sets) if any(one.id for one in sets) else None
+    return pytest.param(*(one.values[0] for one in sets), marks=[*marks, pytest.mark.slow] if slow else marks, id=name)

@@ -35,7 +35,9 @@ def module() -> object:
     return found
 
 
+@pytest.mark.slow
 def test_the_rules_hold() -> None:
+    """`make check` runs the same command."""
     done = prose()
     assert done.returncode == 0, done.stdout
 

@@ -67,8 +67,8 @@ MODULES = (activation, argmax, attention, experts, linear, mamba_block, norm, ro
 class Compiler:
     """Replaces a kernel; a launch compiles the kernel for the arguments."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, name: str) -> None:
+        self.kernel, self.name = kernel, name
         self.done: set[str] = set()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -96,7 +96,7 @@ class Compiler:
         name, used = self.kernel.__name__, _resources(compiled.asm["cubin"])
         spilled = SPILLED_BY_BLOCKS[constants["NORM"]] if name == "_block_kernel" else SPILLED
         assert used["STACK"] + used["LOCAL"] <= spilled, (name, used)
-        print(name, compiled.metadata.shared, "bytes of shared memory,", used["REG"], "registers")
+        print(self.name, compiled.metadata.shared, "bytes of shared memory,", used["REG"], "registers")
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -119,22 +119,16 @@ def _type(name: str, value: Any, constant: bool) -> str:
 
 
 def main() -> None:
-    """Compiles the parts that the command line names: numbers of tokens, "attention", "heads", "norms", "products"."""
+    """Compiles every kernel. Argument "full": for more sizes."""
     for module in MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            setattr(module, name, Compiler(getattr(module, name)))
-    asked = sys.argv[1:]
-    if "attention" in asked:
-        attentions()
-    if "heads" in asked:
-        heads_and_activations()
-    if "norms" in asked:
-        norms_and_routers()
-    if "products" in asked:
-        products()
-    lengths = [int(word) for word in asked if word.isdigit()]
-    if lengths:
-        blocks(lengths)
+            setattr(module, name, Compiler(getattr(module, name), f"{module.__name__.rpartition('.')[2]}.{name}"))
+    full = "full" in sys.argv[1:]
+    attentions(full)
+    products(full)
+    heads_and_activations()
+    norms_and_routers()
+    blocks([1, 16, 33, 17] if full else [1, 16])
 
 
 def blocks(lengths: list[int]) -> None:
@@ -158,19 +152,22 @@ def blocks(lengths: list[int]) -> None:
         argmax.argmax(*argmax_arguments(131072, CPU, dtype))
 
 
-def products() -> None:
-    """Experts, with and without gates, and `out_proj` of the 30B shape for a token, a block, six blocks and a long
-    prompt, plain, int8 and int4, and odd sizes. Nothing is computed, so tensors are not filled."""
+def products(full: bool) -> None:
+    """Experts and `out_proj` of the 30B shape for a block and a long prompt, plain, int8 and int4, and odd sizes.
+
+    Experts of a block have gates too. In full also a token and six blocks, and gates for all. Tensors are not filled,
+    because nothing is computed.
+    """
     released = (128, 2688, 1856, 6)
     for tokens, (count, width, inner, top), dtype in (
-        *((tokens, released, torch.bfloat16) for tokens in (1, 16, 96, 2048)),
+        *((tokens, released, torch.bfloat16) for tokens in ((1, 16, 96, 2048) if full else (16, 2048))),
         (96, released, torch.float32),
         (5, (7, 37, 21, 2), torch.bfloat16),
     ):
         hidden, choice = torch.empty(tokens, width, dtype=dtype), torch.zeros(tokens, top, dtype=torch.int64)
         up, down = torch.empty(count, inner, width, dtype=dtype), torch.empty(count, width, inner, dtype=dtype)
         share, kinds = torch.empty(tokens, top), ("silu", "gelu_tanh") if tokens == 16 else ("silu",)
-        for kind in ("relu2", *kinds):
+        for kind in ("relu2", *(kinds if full or tokens == 16 else ())):
             gates = kind != "relu2"
             experts.experts(hidden, choice, share, up if gates else None, up, down, kind)
             if kind != "gelu_tanh":  # an activation is the same code for all weights
@@ -196,12 +193,13 @@ def _int4(weight: Tensor) -> Tensor:
     return torch.empty(int4.data_shape(tuple(weight.shape)), dtype=torch.uint8)
 
 
-def attentions() -> None:
+def attentions(full: bool) -> None:
     """Attention of the released sizes over 128K tokens, for a denoised block, a token, a committed block, enough rows
-    for one split, and a prompt; of other sizes; and with windows and softcaps, as in Gemma 2."""
+    for one split, and a prompt; of other sizes; and with windows and softcaps, as in Gemma 2. Every second one if not
+    in full."""
     released, bf16, fp32 = (32, 2, 128), torch.bfloat16, torch.float32
     gemma, window, both = (8, 4, 256), AttentionOptions(None, 4096, None), AttentionOptions(0.0625, 4096, 50.0)
-    for rows, length, sizes, dtype, padded, causal, width, *options in (
+    cases = (
         (1, 16, released, bf16, False, False, 131072),
         (1, 1, released, bf16, False, True, 131072),
         (1, 16, released, bf16, True, True, 131072),
@@ -219,7 +217,8 @@ def attentions() -> None:
         (1, 512, gemma, bf16, True, True, 4096, both),
         (1, 1, gemma, bf16, False, True, 4096, both._replace(window=None)),
         (1, 16, gemma, fp32, True, True, 4096, both),
-    ):
+    )
+    for rows, length, sizes, dtype, padded, causal, width, *options in cases[:: 1 if full else 2]:
         heads, kv_heads, head_dim = sizes
         q = torch.zeros(rows, length, heads, head_dim, dtype=dtype)
         k = torch.zeros(rows, length, kv_heads, head_dim, dtype=dtype)

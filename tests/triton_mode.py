@@ -50,14 +50,14 @@ def mend_interpreter() -> None:
     interpreter.InterpreterBuilder.create_dot = exact_dot
 
 
-def compiled(*what: str, cache_dir: Path) -> set[str]:
-    """The kernels that triton_compile.py compiles for an H100, for the parts named in `what`."""
+def compiled(form: str, cache_dir: Path) -> set[str]:
+    """The kernels that triton_compile.py compiles for an H100. form: "short" or "full"."""
     import twotower
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     source = Path(twotower.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("triton_compile.py"), *what],
+        [sys.executable, Path(__file__).with_name("triton_compile.py"), form],
         env=environment | {"TRITON_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(source)},
         capture_output=True,
         text=True,

@@ -115,19 +115,32 @@ def loads(directory: Path, *cases: dict[str, str]) -> list[dict[str, float]]:
     return results
 
 
-@pytest.mark.parametrize("shards", [1, 5])
-def test_weights_are_built_once(tmp_path: Path, shards: int) -> None:
+# Arguments of a load, and the least and the largest size of its weights, in sizes of both towers in bf16.
+CASES: dict[str, tuple[dict[str, str], float, float]] = {
+    "context": ({"towers": "context"}, 0.4, 0.51),
+    "fp32": ({"dtype": "float32"}, 1.99, 2.01),
+    "int8": ({"quantization": "int8"}, 0.4, 0.55),
+    "int4": ({"quantization": "int4"}, 0.2, 0.36),
+    "plan": ({"quantization": "experts=int4,rest=int8"}, 0.2, 0.39),
+}
+
+
+@pytest.mark.parametrize(
+    ("shards", "names"),
+    [
+        (1, ("context", "int8", "plan")),
+        (5, ("fp32", "int4")),
+        *(pytest.param(shards, tuple(CASES), marks=pytest.mark.slow) for shards in (1, 5)),
+    ],
+)
+def test_weights_are_built_once(tmp_path: Path, shards: int, names: tuple[str, ...]) -> None:
     write_checkpoint(tmp_path / "model", scale=7, shards=shards)
-    plans = [{"quantization": plan} for plan in ("int8", "int4", "experts=int4,rest=int8")]
-    both, context, wider, *quantized = loads(
-        tmp_path / "model", {}, {"towers": "context"}, {"dtype": "float32"}, *plans
-    )
+    both, *others = loads(tmp_path / "model", {}, *(CASES[name][0] for name in names))
     assert 120 < both["weights"] < 180
-    assert context["weights"] < 0.51 * both["weights"]
-    assert wider["weights"] > 1.99 * both["weights"]
-    for figures, share in zip(quantized, (0.55, 0.36, 0.39), strict=True):
-        assert figures["weights"] < share * both["weights"]
-    for figures in (both, context, wider, *quantized):
+    for name, figures in zip(names, others, strict=True):
+        _, least, most = CASES[name]
+        assert least * both["weights"] < figures["weights"] < most * both["weights"], name
+    for figures in (both, *others):
         assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]
 
 

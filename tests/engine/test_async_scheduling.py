@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -38,8 +39,16 @@ def ahead(model: TwoTowerForCausalLM, rows: int, length: int = LENGTH) -> LLM:
     return llm
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["one device", "two"])
-@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+SHORT = {(1, False), (2, True), (5, False), (16, True)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "apart"),
+    [
+        pytest.param(rows, apart, marks=() if (rows, apart) in SHORT else pytest.mark.slow)
+        for rows, apart in product((1, 2, 5, 16), (False, True))
+    ],
+)
 def test_every_request_equals_its_result_alone(model: TwoTowerForCausalLM, rows: int, apart: bool) -> None:
     """Requests come and go, in any mode, watched or with log-probabilities. Counts of passes do not change."""
     rng = random.Random(rows + 100)

@@ -499,8 +499,13 @@ def test_the_callback_of_a_block_follows_the_events_of_the_block_before(
             assert ("event", block) not in told[:place]
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
-@pytest.mark.parametrize("aborted", [0.0, 0.05])
+SLOW_LOCKSTEP = [(1, 0.05), (2, 0.0), (5, 0.05)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "aborted"),
+    [(1, 0.0), (2, 0.05), (5, 0.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_LOCKSTEP)],
+)
 @pytest.mark.timeout(60)
 def test_lockstep_with_any_requests(model: TwoTowerForCausalLM, rows: int, aborted: float) -> None:
     """Requests of all modes and sizes arrive and end at any time. None waits for ever, and the texts are equal."""

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import oracle
@@ -72,8 +73,16 @@ def spoilt(texts: Sequence[Sequence[int]], whole: Sequence[Generation], new: int
     return Spoilt(right, [len(text) + new for text in texts], wrong, **given)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("pattern", ["M", "*", "ME*-", EVERY_KIND])
+SHORT = {("M", "sampled"), ("*", "filtered"), ("ME*-", "greedy"), *((EVERY_KIND, name) for name in SAMPLINGS)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sampling"),
+    [
+        pytest.param(*case, marks=() if case in SHORT else pytest.mark.slow)
+        for case in product(["M", "*", "ME*-", EVERY_KIND], SAMPLINGS)
+    ],
+)
 def test_equal_to_ar_whatever_the_draft(pattern: str, sampling: str) -> None:
     """In float64, with rows of different lengths, the denoiser's drafts, and drafts right up to any token."""
     model = build_random_model(pattern, dtype=torch.float64)

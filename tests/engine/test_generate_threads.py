@@ -19,7 +19,8 @@ from test_engine import KINDS
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
 
-THREADS, ROUNDS = 4, 8
+THREADS = 4
+ROUNDS = [5, pytest.param(16, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -66,18 +67,21 @@ def in_threads(work: Any) -> None:
             done.result()
 
 
-def batches(model: TwoTowerForCausalLM) -> list[list[tuple[list[list[int]], dict[str, Any], list[list[int]]]]]:
+def batches(
+    model: TwoTowerForCausalLM, rounds: int
+) -> list[list[tuple[list[list[int]], dict[str, Any], list[list[int]]]]]:
     """Prompts, parameters and expected texts of each thread."""
     rng = random.Random(3)
     out = []
     for _ in range(THREADS):
-        own = [some_batch(rng) for _ in range(ROUNDS)]
+        own = [some_batch(rng) for _ in range(rounds)]
         out.append([(rows, asked, alone(model, rows, asked)) for rows, asked in own])
     return out
 
 
-def test_calls_of_several_threads(model: TwoTowerForCausalLM) -> None:
-    works = batches(model)
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_calls_of_several_threads(model: TwoTowerForCausalLM, rounds: int) -> None:
+    works = batches(model, rounds)
 
     def work(number: int) -> None:
         for rows, asked, wanted in works[number]:
@@ -86,9 +90,10 @@ def test_calls_of_several_threads(model: TwoTowerForCausalLM) -> None:
     in_threads(work)
 
 
-def test_streams_of_several_threads_interleaved_and_abandoned(model: TwoTowerForCausalLM) -> None:
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_streams_of_several_threads_interleaved_and_abandoned(model: TwoTowerForCausalLM, rounds: int) -> None:
     """Each thread reads several streams in any order and abandons every third; another thread calls `release`."""
-    works = batches(model)
+    works = batches(model, rounds)
 
     def work(number: int) -> None:
         rng = random.Random(number)
@@ -108,7 +113,7 @@ def test_streams_of_several_threads_interleaved_and_abandoned(model: TwoTowerFor
                 open_ = [entry for entry in open_ if entry[0] != place]
             if number == 0 and rng.random() < 0.1:
                 model.release()
-        assert ended >= ROUNDS - ROUNDS // 3
+        assert ended >= rounds - rounds // 3
 
     in_threads(work)
 
@@ -141,7 +146,7 @@ def test_what_the_time_conditioning_remembers(model: TwoTowerForCausalLM) -> Non
     @torch.no_grad()
     def work(number: int) -> None:
         rng = random.Random(number)
-        for _ in range(1500):
+        for _ in range(800):
             place = rng.randrange(len(levels))
             assert torch.equal(model.time(levels[place : place + 1])[0].scale, wanted[place])
 

@@ -34,7 +34,7 @@ from decoding_models import decoding_model
 from twotower import LLM, BlockEvent, Generation, Request, generate
 from twotower.decoding.unmasking import POLICIES
 
-SHORT_ALONE, SHORT_BATCHES = 48, 24
+SHORT_ALONE, SHORT_BATCHES = 32, 16
 DTYPES = [torch.float64, torch.float32]
 FORMS = ["short", pytest.param("full", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 DRAFTED = ("tokens", "text", "end", "at", "sure", "passes")  # fields of a row of a verified batch that are compared

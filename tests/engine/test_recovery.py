@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
+from pairwise import pairwise
 from test_engine import LENGTH, alone, some_request
 
 from twotower import LLM, AsyncLLM, Request, TwoTowerForCausalLM
@@ -147,40 +148,48 @@ PLACES: list[tuple[object, str]] = [
     (denoiser_ar, "collect"),
     (core, "group_by_width"),
 ]
+PLACE_PARAMETERS = [pytest.param(place, id=f"{getattr(place[0], '__name__', '?')}-{place[1]}") for place in PLACES]
 
 
 @lru_cache
-def without_faults(model: TwoTowerForCausalLM, rows: int) -> list[Generation]:
-    return run(LLM(model, rows=rows, length=LENGTH), requests_of(max(rows, 4), seed=rows))
+def without_faults(model: TwoTowerForCausalLM, rows: int, count: int, seed: int) -> list[Generation]:
+    return run(LLM(model, rows=rows, length=LENGTH), requests_of(count, seed))
 
 
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(("owner", "name"), PLACES, ids=lambda value: getattr(value, "__name__", value))
+BEFORE_OR_AFTER = [pytest.param(late, id="after" if late else "before") for late in (False, True)]
+
+
+@pytest.mark.parametrize(("place", "late", "rows", "at"), pairwise(PLACE_PARAMETERS, BEFORE_OR_AFTER, [1, 16], [3, 9]))
 def test_a_fault_that_does_not_return_ends_no_request(
-    model: TwoTowerForCausalLM, owner: Any, name: str, late: bool, rows: int
+    model: TwoTowerForCausalLM, place: tuple[Any, str], late: bool, rows: int, at: int
 ) -> None:
-    requests = requests_of(max(rows, 4), seed=rows)
-    expected = without_faults(model, rows)
-    for at in (3, 9):
-        with fault(owner, name, Fault(getattr(owner, name), at, late)) as made:
-            found = run(LLM(model, rows=rows, length=LENGTH), requests)
-        assert made.calls >= 3
-        for one, other in zip(found, expected, strict=True):
-            assert_as_before(one, other)
+    owner, name = place
+    count = max(rows, 4)
+    with fault(owner, name, Fault(getattr(owner, name), at, late)) as made:
+        found = run(LLM(model, rows=rows, length=LENGTH), requests_of(count, seed=rows))
+    assert made.calls >= 3
+    for one, other in zip(found, without_faults(model, rows, count, rows), strict=True):
+        assert_as_before(one, other)
 
 
-@pytest.mark.parametrize("way", ["two devices", "asynchronous"])
-@pytest.mark.parametrize(("owner", "name"), PLACES, ids=lambda value: getattr(value, "__name__", value))
-def test_a_fault_with_uncollected_passes(model: TwoTowerForCausalLM, owner: Any, name: str, way: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "way"),
+    [
+        pytest.param(place, way, id=f"{param.id}-{way}", marks=() if number % 2 == way_number else pytest.mark.slow)
+        for number, (place, param) in enumerate(zip(PLACES, PLACE_PARAMETERS, strict=True))
+        for way_number, way in enumerate(("two devices", "asynchronous"))
+    ],
+)
+def test_a_fault_with_uncollected_passes(model: TwoTowerForCausalLM, place: tuple[Any, str], way: str) -> None:
     """As on GPUs: with the towers on two devices, and with a pass that is launched before the last is collected."""
+    owner, name = place
     with patch.object(model, "transfer", DeviceTransfer() if way == "two devices" else model.transfer):
         llm = LLM(model, rows=16, length=LENGTH)
         llm.core.async_scheduling = way == "asynchronous"
         with fault(owner, name, Fault(getattr(owner, name), at=4, late=True)) as made:
             found = run(llm, requests_of(16, seed=16))
     assert made.calls >= 4
-    for one, other in zip(found, without_faults(model, 16), strict=True):
+    for one, other in zip(found, without_faults(model, 16, 16, 16), strict=True):
         assert_as_before(one, other)
 
 
@@ -191,30 +200,27 @@ class Poisoned(Fault):
         return bool((tokens == POISON).any())
 
 
-@pytest.mark.parametrize("rows", [1, 16])
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+ALWAYS = [
+    ("ar", "extend"), ("diffusion", "extend"), ("verified", "extend"), ("mock_ar", "extend"), ("diffusion", "denoise"),
+    ("verified", "denoise"), ("mock_ar", "denoise"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("mode", "verb"),
-    [
-        ("ar", "extend"),
-        ("diffusion", "extend"),
-        ("verified", "extend"),
-        ("mock_ar", "extend"),
-        ("diffusion", "denoise"),
-        ("verified", "denoise"),
-        ("mock_ar", "denoise"),
-    ],
+    ("mode_and_verb", "late", "rows"),
+    pairwise([pytest.param(pair, id="-".join(pair)) for pair in ALWAYS], BEFORE_OR_AFTER, [1, 16]),
 )
 def test_a_request_that_always_raises_ends_alone(
-    model: TwoTowerForCausalLM, mode: str, verb: str, late: bool, rows: int
+    model: TwoTowerForCausalLM, mode_and_verb: tuple[str, str], late: bool, rows: int
 ) -> None:
     """The server's thread, the streams of the other requests and the next request go on."""
+    mode, verb = mode_and_verb
     requests = requests_of(rows, seed=3)
     bad = Request([5, 6, POISON], GenerationParams.of(mode=mode, max_new_tokens=9, block_size=4))
     if mode in ("diffusion", "verified") and verb == "denoise":
         values = {"draft_steps": 1} if mode == "verified" else {}
         bad = Request([5, 6], GenerationParams.of(mode=mode, max_new_tokens=9, mask_token_id=POISON, **values))
-    expected = run(LLM(model, rows=rows, length=LENGTH), requests)
+    expected = without_faults(model, rows, rows, 3)
     place = rows // 2
     llm = LLM(model, rows=rows, length=LENGTH)
     with fault(TwoTowerForCausalLM, verb, Poisoned(getattr(TwoTowerForCausalLM, verb), late=late)):

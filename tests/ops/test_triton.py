@@ -12,13 +12,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 import triton_mode
-from tiny_backbones import two_tower
+from pairwise import pairwise
+from tiny_backbones import slow_but, two_tower
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, options
@@ -117,11 +117,17 @@ def test_block(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
     check_block(*mamba_block_arguments(sizes, length, DEVICE, dtype))
 
 
-@DTYPES
-@NORMS
-@pytest.mark.parametrize(("sizes", "length"), [(SMALL, 1), (SMALL, 17), (TINY_GROUPS, 5), (LARGE, 1), (LARGE, 3)])
-def test_block_with_any_norm(sizes: Sizes, length: int, norm: GateNorm, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("shape", "norm", "dtype"),
+    pairwise(
+        [(SMALL, 1), (SMALL, 17), (TINY_GROUPS, 5), (LARGE, 1), (LARGE, 3)],
+        get_args(GateNorm),
+        [torch.float32, torch.bfloat16],
+    ),
+)
+def test_block_with_any_norm(shape: tuple[Sizes, int], norm: GateNorm, dtype: torch.dtype) -> None:
     """Ragged rows, whose padding has no effect; a row alone; with and without the step inputs."""
+    sizes, length = shape
     projected, token_mask, window, state, weights = mamba_block_arguments(sizes, length, DEVICE, dtype)
     weights = with_norm(weights, norm)
     check_block(projected, token_mask, window, state, weights)
@@ -357,16 +363,6 @@ def test_argmax_of_slices_and_of_nothing(find: Callable[..., tuple[Tensor, Tenso
     assert [tuple(t.shape) for t in find(logits[:, :0], excluded)] == [(3, 0), (3, 0)]
 
 
-# --- the compiler ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lengths", [["1", "16"], pytest.param(["33", "17"], marks=pytest.mark.slow)])
-def test_the_kernels_compile_for_a_gpu(lengths: list[str], tmp_path: Path) -> None:
-    """Compiles each kernel for an H100, as its wrapper launches it; needs no GPU."""
-    found = triton_mode.compiled(*lengths, cache_dir=tmp_path)
-    assert found == {"_block_kernel", "_state_update_kernel", "_argmax_kernel"}
-
-
 # --- the registry ----------------------------------------------------------------------------------------------------
 
 
@@ -387,7 +383,7 @@ def _forget() -> None:
     registry._unsupported_reason.cache_clear()
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_kernels_that_pass_the_self_check_are_used(dtype: torch.dtype, triton_on: pytest.MonkeyPatch) -> None:
     """The self-check passes with the cases that run on every machine."""
     with warnings.catch_warnings():
@@ -534,7 +530,7 @@ def test_a_model_through_the_kernels(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", slow_but(("falcon_h1:norm_first", "mixtral", "gemma2"), BACKBONES))
 def test_other_backbones_through_the_kernels(name: str, triton_on: pytest.MonkeyPatch) -> None:
     """Prefill beyond the window, a denoised block, an extend, a rollback, one token."""
     triton_on.setattr(registry.self_check, "find_mismatch", lambda *_: None)

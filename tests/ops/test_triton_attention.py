@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton_mode
+from pairwise import pairwise
 from torch import Tensor
 
 from twotower.ops.reference import attention as reference
@@ -216,21 +216,22 @@ def test_attention_of_no_tokens(shape: tuple[int, int]) -> None:
 # --- scale, window, softcap -------------------------------------------------------------------------------------------
 
 
-@DTYPES
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [1, 2, 5, 64, 101, 102, 300, None])
-@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize(
+    ("length", "window", "causal", "dtype"),
+    pairwise([1, 7], [1, 2, 5, 64, 101, 102, 300, None], [True, False], [torch.float32, torch.bfloat16]),
+)
 def test_windows(length: int, window: int | None, causal: bool, dtype: torch.dtype) -> None:
     """Windows of one key, shorter than a block, of the row's length ± 1 and longer; rows with less context."""
     options = AttentionOptions(window=window)
     check(*arguments(length, (101, 0, 3), (4, 2), 24, dtype, "end", causal), options=options)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [3, 70, 129, 250])
-@pytest.mark.parametrize(("length", "heads"), [(19, (8, 1)), (70, (2, 1))])
-def test_windows_of_blocks_of_many_tiles(length: int, heads: tuple[int, int], window: int, causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "window", "causal"), pairwise([(19, (8, 1)), (70, (2, 1))], [3, 70, 129, 250], [True, False])
+)
+def test_windows_of_blocks_of_many_tiles(shape: tuple[int, tuple[int, int]], window: int, causal: bool) -> None:
     """Several tiles of queries, each with its own first key; several splits, of which a query may see none."""
+    length, heads = shape
     given = arguments(length, (300, 40), heads, 16, torch.float32, "end", causal)
     check(*given, options=AttentionOptions(window=window))
     check(*given[:5], None, options=AttentionOptions(window=window))
@@ -361,10 +362,3 @@ def test_splits_fill_the_device(
     each = rows * 2 * (queries // tile.rows)
     assert attention.num_splits(each, width, tile.warps) == splits
     assert each * splits == programs
-
-
-# --- the compiler ----------------------------------------------------------------------------------------------------
-
-
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    assert triton_mode.compiled("attention", cache_dir=tmp_path) == {"_attention_kernel", "_combine_kernel"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -257,10 +256,3 @@ def test_no_case_is_a_near_tie(dtype: torch.dtype) -> None:
             biased = (grouped * kept[..., None]).flatten(-2)
         best = biased.sort(descending=True).values[:, : rule.top + 1]
         assert (best[:, :-1] - best[:, 1:]).min() > 1e-3
-
-
-# --- the compiler ----------------------------------------------------------------------------------------------------
-
-
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    assert triton_mode.compiled("norms", cache_dir=tmp_path) == {"_norm_kernel", "_logits_kernel", "_topk_kernel"}

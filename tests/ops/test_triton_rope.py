@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -177,10 +176,3 @@ def test_activations_of_extreme_values(kind: Activation) -> None:
     expected = reference_activation.activate(values.double(), None, kind)
     found = activation.activate(values, None, kind).double()
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-30, equal_nan=True)
-
-
-# --- the compiler -----------------------------------------------------------------------------------------------------
-
-
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    assert triton_mode.compiled("heads", cache_dir=tmp_path) == {"_heads_kernel", "_activate_kernel"}
