@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from twotower.recipes import small
-from twotower.recipes.stages import Stage, run_stages
+from twotower.recipes.stages import RecipeStage, run_stages
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_a_finished_stage_is_skipped_unless_it_is_chosen(tmp_path: Path, commands: list[list[str]]) -> None:
     made: list[str] = []
     stages = [
-        Stage("text", tmp_path / "text", lambda: made.append("text")),
-        Stage("train", tmp_path / "model", ["train", "x"], parallel=True),
-        Stage("init", tmp_path / "start", ["init", "x"]),
+        RecipeStage("text", tmp_path / "text", lambda: made.append("text")),
+        RecipeStage("train", tmp_path / "model", ["train", "x"], parallel=True),
+        RecipeStage("init", tmp_path / "start", ["init", "x"]),
     ]
     (tmp_path / "text").touch()
     run_stages(stages, (), processes=2)
@@ -44,7 +44,7 @@ def test_a_finished_stage_is_skipped_unless_it_is_chosen(tmp_path: Path, command
 
 
 def test_a_command_that_fails_ends_the_recipe(tmp_path: Path, commands: list[list[str]]) -> None:
-    stages = [Stage("one", tmp_path / "a", ["fails"]), Stage("two", tmp_path / "b", ["info"])]
+    stages = [RecipeStage("one", tmp_path / "a", ["fails"]), RecipeStage("two", tmp_path / "b", ["info"])]
     with pytest.raises(SystemExit) as ended:
         run_stages(stages, (), processes=1)
     assert ended.value.code == 3

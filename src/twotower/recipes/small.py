@@ -28,7 +28,7 @@ import click
 
 from twotower.file_writes import replace_text, replaced_file
 from twotower.process import configure_process
-from twotower.recipes.stages import Stage, data_options, export_model, run_stages
+from twotower.recipes.stages import RecipeStage, data_options, export_model, run_stages
 from twotower.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
@@ -140,27 +140,27 @@ def _finish(texts: list[str]) -> list[str]:
     ]
 
 
-def stages(data: Path, out: Path, steps: dict[str, int], processes: int) -> list[Stage]:
+def stages(data: Path, out: Path, steps: dict[str, int], processes: int) -> list[RecipeStage]:
     """The stages in order. steps: of each training stage."""
 
-    def trained(stage: str, dialogues: Path, options: Sequence[str], *words: str) -> Stage:
+    def trained(stage: str, dialogues: Path, options: Sequence[str], *words: str) -> RecipeStage:
         share, hard = DIALOGUE_SHARE[stage], HARD_SHARE if stage == "longer" else 0.0
         shares = {dialogues: share, out / "suite.jsonl": 1 - share - hard}
         shares |= {out / "hard.jsonl": hard} if hard else {}
         command = [*words, "-o", str(out / stage), "--steps", str(steps[stage]), *data_options(shares)]
-        return Stage(stage, out / stage / "model", [*command, *options, *COMMON], parallel=True)
+        return RecipeStage(stage, out / stage / "model", [*command, *options, *COMMON], parallel=True)
 
     continuations, model = out / "continuations.jsonl", out / "model"
     runs = {stage: out / stage for stage in ("backbone", "denoiser", "longer")}
     return [
-        Stage("text", out / "hard.jsonl", lambda: write_text(out)),
+        RecipeStage("text", out / "hard.jsonl", lambda: write_text(out)),
         trained("backbone", data / "train.jsonl.gz", PRETRAIN, "pretrain", "--config", str(out / "shape.json")),
-        Stage("start", out / "start", ["init", "--from", str(out / "backbone/model"), "-o", str(out / "start")]),
-        Stage("continuations", continuations, lambda: write_continuations(data, out, processes)),
+        RecipeStage("start", out / "start", ["init", "--from", str(out / "backbone/model"), "-o", str(out / "start")]),
+        RecipeStage("continuations", continuations, lambda: write_continuations(data, out, processes)),
         trained("denoiser", continuations, TRAIN, "train", str(out / "start")),
         trained("longer", continuations, LONGER, "train", str(out / "denoiser/model")),
-        Stage("export", model, lambda: export_model(out / "longer/model", model, runs)),
-        Stage("figures", model / "metrics.json", lambda: measure(data, model)),
+        RecipeStage("export", model, lambda: export_model(out / "longer/model", model, runs)),
+        RecipeStage("figures", model / "metrics.json", lambda: measure(data, model)),
     ]
 
 
@@ -179,7 +179,7 @@ def measure(data: Path, model: Path) -> None:
     "chosen",
     type=click.Choice(STAGES),
     multiple=True,
-    help="Stage to run. [default: all that are not finished]",
+    help="RecipeStage to run. [default: all that are not finished]",
 )
 @click.option("--backbone-steps", type=int, default=4800, show_default=True)
 @click.option("--denoiser-steps", type=int, default=5000, show_default=True)

@@ -21,7 +21,7 @@ LOGGED = 100  # steps for one line of training.jsonl
 
 
 @dataclass(frozen=True)
-class Stage:
+class RecipeStage:
     """One stage.
 
     result: the file or folder that exists when the stage is finished. work: words of a `twotower` command, or a
@@ -34,7 +34,7 @@ class Stage:
     parallel: bool = False
 
 
-def run_stages(stages: Sequence[Stage], chosen: Sequence[str], processes: int) -> None:
+def run_stages(stages: Sequence[RecipeStage], chosen: Sequence[str], processes: int) -> None:
     """Runs the chosen stages; none chosen: all that are not finished. A command that fails ends the program."""
     for stage in stages:
         if stage.name not in chosen if chosen else stage.result.exists():
