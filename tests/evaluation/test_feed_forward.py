@@ -178,6 +178,7 @@ def test_a_width_below_the_shared_experts_takes_its_best_units() -> None:
 
 
 @pytest.mark.parametrize(("name", "count"), [("plain", 3), ("latent, with biases", 4)])
+@torch.no_grad()
 def test_the_most_used_experts_are_kept_with_their_router(name: str, count: int) -> None:
     """With groups, whole ones."""
     moe = layer(name)
