@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower import GenericTwoTowerConfig, TwoTowerConfig, TwoTowerForCausalLM
+from twotower.denoiser_fields import DenoiserConfig
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")
 # Byte-level: Ġ is a space, Ċ a newline. ü, 世 and 👍 are single bytes, so most of their sequences are invalid.
@@ -53,9 +55,40 @@ STORED = ("tiny-groups", "tiny-hybrid")  # checkpoints in `golden`, without a to
 NAMES = (*KINDS, "tiny-groups")  # of the goldens
 
 
+# Denoisers that are not the released one: `biased+shift` is the model "biased" with such a denoiser.
+CHOICES = {
+    "shift": DenoiserConfig(prediction_shift=1),
+    "prefix": DenoiserConfig(block_attention="prefix_causal"),
+    "shift-prefix": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
+    "first": DenoiserConfig(first_from_ar=True),
+    "first-prefix": DenoiserConfig(first_from_ar=True, block_attention="prefix_causal"),
+    "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
+    "everywhere-shift": replace(DenoiserConfig.with_adapters(3, "everywhere"), prediction_shift=1),
+}
+
+
+def _chosen(name: str, dtype: torch.dtype, choices: DenoiserConfig) -> TwoTowerForCausalLM:
+    """The model of a name in KINDS with another denoiser, whose weights are the same where it has them."""
+    model = decoding_model(name, dtype)
+    backbone = {**model.config.to_dict(), "model_type": "nemotron_h"}
+    other = TwoTowerForCausalLM(GenericTwoTowerConfig(backbone=backbone, mask_token_id=3, **choices.to_json()))
+    other.to(dtype).load_state_dict(model.state_dict(), strict=choices.adapters is None)
+    with torch.no_grad():
+        for key, tensor in other.state_dict().items():
+            if ".adapter." in key or key.endswith("mask_embedding.weight"):
+                scale = KINDS[name].apart if ".adapter." in key else 1.0
+                drawn = scale * numbers(f"{name}/{key}").standard_normal(tuple(tensor.shape)) * tensor.shape[-1] ** -0.5
+                tensor.copy_(torch.from_numpy(drawn.astype(np.float32)))
+    other.eval().tokenizer = tokenizer()
+    return other
+
+
 @cache
 def decoding_model(name: str, dtype: torch.dtype) -> TwoTowerForCausalLM:
-    """The model of a name in KINDS or STORED."""
+    """The model of a name in KINDS or STORED, or of a name in KINDS with one in CHOICES, as `biased+shift`."""
+    if "+" in name:
+        kind_name, choice = name.split("+")
+        return _chosen(kind_name, dtype, CHOICES[choice])
     if name in STORED:
         return TwoTowerForCausalLM.from_pretrained(GOLDEN / name, dtype=dtype).eval()
     kind = KINDS[name]

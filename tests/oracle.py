@@ -7,16 +7,19 @@ functions follow the description of the modes in docs/architecture.md: masked di
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from naive_policies import NAIVE, NaiveRow, naive_commit
 from oracle_tower import Context, conditioning, read
 from torch import Tensor
 
 from twotower import GenerationParams, TwoTowerForCausalLM
+from twotower.model.tower import Tower
 
 AR_TOKEN, DIFFUSION_CANDIDATE = 1, 2  # purposes of noise
 
@@ -57,7 +60,10 @@ def decode(
     row = _Row(model, prompt, params, Decoded(), drafter)
     if params.max_new_tokens == 0:
         row.out.finish_reason = "length"
-    modes = {"diffusion": _diffusion, "ar": _autoregressive, "mock_ar": _mock_autoregressive, "verified": _verified}
+    choices = model.config.denoiser
+    after_text = choices.prediction_shift or choices.first_from_ar
+    diffusion = _diffusion_after_text if after_text else _diffusion
+    modes = {"diffusion": diffusion, "ar": _autoregressive, "mock_ar": _mock_autoregressive, "verified": _verified}
     while not row.out.finish_reason:
         modes[params.mode](row)
     return row.out
@@ -109,8 +115,7 @@ def _autoregressive(row: _Row) -> None:
 
 def _mock_autoregressive(row: _Row) -> None:
     """The denoiser reads the last token after the context of all tokens before it, without time conditioning."""
-    assert row.model.denoiser is not None
-    logits, _ = read(row.model.denoiser, row.text[-1:], _denoisers_past(row.model, row.text[:-1]))
+    logits, _ = read(denoiser_of(row.model), row.text[-1:], _denoisers_past(row.model, row.text[:-1]))
     row.out.denoiser_passes += 1
     token = row.sample(logits[-1], len(row.text), AR_TOKEN)
     row.take([token], [0], [probability(logits[-1], token)])
@@ -124,6 +129,27 @@ def _diffusion(row: _Row) -> None:
     row.out.denoiser_passes += block.passes
     row.take(block.tokens, block.committed_at, block.confidence)
     row.out.context_passes += not row.out.finish_reason
+
+
+def _diffusion_after_text(row: _Row) -> None:
+    """A block begins with the last token of the text. After it is filled, AR chooses the token that follows it.
+
+    first_from_ar: AR also chooses the first token of all. AR's pass is left out where the text certainly ends before.
+    """
+    params, out, text = row.params, row.out, row.text
+    size, room = params.block_size, params.max_new_tokens - len(out.tokens)
+    if size == 1 or (row.model.config.denoiser.first_from_ar and not out.tokens):
+        _autoregressive(row)
+        return
+    begun = text[-1:] + [params.mask_token_id] * (size - 1)
+    block = fill(row, text[:-1], begun, list(range(1, size)), params.steps_per_block, DIFFUSION_CANDIDATE)
+    out.denoiser_passes += block.passes
+    row.take(block.tokens[1:], block.committed_at[1:], block.confidence[1:])
+    out.context_passes += not (room < size or set(block.tokens[1:]) & set(params.eos_token_id))
+    if not out.finish_reason:
+        logits, _ = read(row.model.context, text[:-1] + block.tokens)
+        token = row.sample(logits[-1], len(text) - 1 + size, AR_TOKEN)
+        row.take([token], [params.steps_per_block], [probability(logits[-1], token)])
 
 
 def _verified(row: _Row) -> None:
@@ -175,8 +201,7 @@ def _accepted(drafted: int, own: int, logits: Tensor, acceptance: float) -> bool
 def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], steps: int, purpose: int) -> Block:
     """Denoises the `masked` positions of block `begun` after the text `before`, in at most `steps` passes."""
     model, params, size = row.model, row.params, len(begun)
-    assert model.denoiser is not None
-    assert model.time is not None
+    denoiser, shift = denoiser_of(model), model.config.denoiser.prediction_shift
     assert isinstance(params.policy, str)
     assert not isinstance(params.policy_value, tuple)
     usual = params.confidence_threshold if params.policy == "threshold" else NAIVE[params.policy].default
@@ -187,9 +212,10 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
     for step in range(steps):
         if not masked:
             break
-        time = conditioning(model.time, len(masked) / size)
-        logits, _ = read(model.denoiser, block, past, causal=False, time=time)
+        time = None if model.time is None else conditioning(model.time, len(masked) / (size - shift))
+        logits, _ = read(denoiser, block, past, causal=_prefix(model, block, masked), time=time)
         passes += 1
+        logits = torch.cat([logits[:1], logits[:-1]]) if shift else logits  # at each input, those that predict it
         logits[:, params.mask_token_id] = -math.inf
         noise_step = step if purpose == DIFFUSION_CANDIDATE else 0
         candidate = [row.sample(logits[i], len(before) + i, purpose, noise_step) for i in range(size)]
@@ -200,6 +226,32 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
             masked.remove(i)
         seen = chances
     return Block(block, committed_at, confidence, passes)
+
+
+def _prefix(model: TwoTowerForCausalLM, block: list[int], masked: list[int]) -> int:
+    """How many positions of a block attend causally: with prefix-causal attention, those before its first mask."""
+    return min(masked) if model.config.denoiser.block_attention == "prefix_causal" else 0
+
+
+def denoiser_of(model: TwoTowerForCausalLM) -> Tower:
+    """The denoiser tower. Adapters that act everywhere are added to the weights of a copy of the context tower."""
+    if model.denoiser is not None:
+        return model.denoiser
+    if id(model) not in _MERGED:
+        tower = copy.deepcopy(model.context)
+        for module in tower.modules():
+            adapter = getattr(module, "adapter", None)
+            if adapter is not None:
+                module.weight = torch.nn.Parameter(module.weight + adapter.b @ adapter.a)
+        assert tower.mask_embedding is not None
+        weight = tower.embeddings.weight.detach().clone()
+        weight[model.config.mask_token] = tower.mask_embedding.weight
+        tower.embeddings.weight = torch.nn.Parameter(weight)
+        _MERGED[id(model)] = model, tower
+    return _MERGED[id(model)][1]
+
+
+_MERGED: dict[int, tuple[TwoTowerForCausalLM, Tower]] = {}  # with the model, so that its id stays its own
 
 
 def _denoisers_past(model: TwoTowerForCausalLM, text: list[int]) -> Context | None:

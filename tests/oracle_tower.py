@@ -60,21 +60,24 @@ class Context(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One pass of a tower over tokens start, start + 1, …."""
+    """One pass of a tower over tokens start, start + 1, …. The first `causal` of them attend causally."""
 
     spec: TowerSpec
     start: int
-    causal: bool
+    causal: float
 
 
 def read(
     tower: Tower,
     tokens: Sequence[int],
     past: Context | None = None,
-    causal: bool = True,
+    causal: float = math.inf,
     time: list[Modulation] | None = None,
 ) -> tuple[Tensor, Context]:
-    """Returns logits (L, V) in the model's dtype, and what a later block sees."""
+    """Returns logits (L, V) in the model's dtype, and what a later block sees.
+
+    causal: so many first tokens attend causally, the others to the whole pass.
+    """
     spec = tower.spec
     this = Pass(spec, past.tokens if past else 0, causal)
     x = tower.embeddings.weight[list(tokens)] * torch.tensor(spec.embedding_factor, dtype=tower.embeddings.weight.dtype)
@@ -178,7 +181,7 @@ def _attention(mixer: Any, spec: AttentionSpec, hidden: Tensor, before: Any, thi
     scale = 1 / math.sqrt(spec.head_dim) if spec.scale is None else spec.scale
     out = torch.empty_like(q)
     for i in range(len(q)):
-        keys = visible(this.start + i, len(k), this.start, this.causal, spec.window)
+        keys = visible(this.start + i, len(k), this.start, i < this.causal, spec.window)
         for h in range(spec.num_heads):
             scores = _capped(k[keys, h // groups] @ q[i, h] * scale, spec.softcap)
             out[i, h] = scores.softmax(-1) @ v[keys, h // groups]

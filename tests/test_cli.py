@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.export import export_one_tower
+from twotower.cli.colours import colour
 from twotower.cli.generate import generate as generate_command
 from twotower.cli.pass_picture import block_title, picture_lines
-from twotower.cli.watch import Frame, LiveView, NullView, TokenNames, Watcher, block_text, colour
+from twotower.cli.watch import Frame, LiveView, NullView, TokenNames, Watcher, block_text
 from twotower.decoding.params import GenerationParams
 
 PROMPT = "Once upon a time"
@@ -292,7 +293,7 @@ def test_frames_record_a_verified_run() -> None:
     """Drafts, accepted tokens, and rounds without a draft, with a trained model."""
     model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
     for steps in (0, 1, 2, None):
-        watcher = Watcher(model.tokenizer, model.config.mask_token, NullView(), known_positions=1)
+        watcher = Watcher(model.tokenizer, model.config.mask_token, NullView(), "verified")
         with watcher:
             options = {"mode": "verified", "max_new_tokens": 30, "draft_steps": steps}
             stream = model.stream("User: I want to", step_callback=watcher.on_pass, **options)

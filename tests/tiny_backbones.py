@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 from twotower import TwoTowerForCausalLM
 from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig
+from twotower.denoiser_fields import DenoiserConfig
 
 VOCAB = 160
 BASE: dict[str, Any] = {
@@ -250,18 +251,26 @@ def save(name: str, directory: Path, **options: Any) -> PreTrainedModel:
 
 
 def two_tower(
-    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, rank: int | None = None, **overrides: object
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    rank: int | None = None,
+    denoiser: DenoiserConfig | None = None,
+    **overrides: object,
 ) -> TwoTowerForCausalLM:
     """A tiny two-tower model with random weights in both towers, without a checkpoint.
 
-    rank: of adapters, which take the place of the denoiser tower; None: no adapters. overrides: keys of the backbone's
-    config.json.
+    rank: of adapters gated to masks, which take the place of the denoiser tower; None: no such adapters. denoiser: what
+    the denoiser is instead. overrides: keys of the backbone's config.json.
     """
     backbone = hf_config(name).to_dict() | overrides
-    adapters = None if rank is None else {"rank": rank}
-    if backbone["model_type"] == MODEL_TYPE and rank is None:
+    choices = (
+        (DenoiserConfig() if rank is None else DenoiserConfig.with_adapters(rank)) if denoiser is None else denoiser
+    )
+    if backbone["model_type"] == MODEL_TYPE and choices == DenoiserConfig():
         return random_two_tower(TwoTowerConfig.of(hf_config(name)), seed, dtype)
-    return random_two_tower(GenericTwoTowerConfig(backbone=backbone, mask_token_id=3, adapters=adapters), seed, dtype)
+    config = GenericTwoTowerConfig(backbone=backbone, mask_token_id=3, **choices.to_json())
+    return random_two_tower(config, seed, dtype)
 
 
 def save_tokenizer(directory: Path, *special: str, **roles: str) -> PreTrainedTokenizerFast:

@@ -9,47 +9,100 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 from twotower.denoiser_shape import FeedForward, layers_of
 from twotower.errors import ConfigError
 from twotower.json_text import JsonObject
 
+AdapterGate = Literal["masks", "everywhere"]
+BlockAttention = Literal["full", "prefix_causal"]
+GATES: tuple[AdapterGate, ...] = get_args(AdapterGate)
+BLOCK_ATTENTIONS: tuple[BlockAttention, ...] = get_args(BlockAttention)
 FORMAT = 1  # of checkpoints whose denoiser is not that of the released ones; a reader refuses newer formats
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The denoiser is the context tower with adapters of this rank (`model.adapters`)."""
+    """The denoiser is the context tower with adapters of this rank (`model.adapters`).
+
+    gate: where they act: from the first mask of a block on, or at every position of a block.
+    """
 
     rank: int
+    gate: AdapterGate = "masks"
 
     @classmethod
     def of(cls, value: object) -> AdapterConfig:
         """The value of `adapters` in config.json.
 
         Raises:
-            ConfigError: it is not an object with a rank, or has other keys.
+            ConfigError: it is not an object with a rank, or has other keys or values.
         """
-        if not isinstance(value, dict) or value.keys() != {"rank"}:
-            raise ConfigError(f'config: adapters is {value!r}; it must be an object such as {{"rank": 32}}')
-        rank = value["rank"]
+        if not isinstance(value, dict) or not {"rank"} <= value.keys() <= {"rank", "gate"}:
+            raise ConfigError(
+                f'config: adapters is {value!r}; it must be an object such as {{"rank": 32, "gate": "masks"}}'
+            )
+        rank, gate = value["rank"], value.get("gate", cls.gate)
         if type(rank) is not int or rank < 1:
             raise ConfigError(f"config: adapters.rank is {rank!r}; it must be a positive integer")
-        return cls(rank)
+        if gate not in GATES:
+            raise ConfigError(f"config: adapters.gate is {gate!r}; it must be one of {', '.join(GATES)}")
+        return cls(rank, cast(AdapterGate, gate))
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
     """What the denoiser of a checkpoint is. The defaults are the released denoiser: a second full tower.
 
-    adapters: the denoiser is the context tower with adapters. denoiser_layers: the numbers of the autoregressive
-    model's layers that a denoiser tower has a counterpart for; None: all. denoiser_feed_forward: what stands in the
-    place of its MoE layers; None: the same MoE layers.
+    prediction_shift: the output at an input predicts the token so many positions later (`decoding.block_rule`).
+    block_attention: full: every position of a block attends to the whole block. prefix_causal: positions before the
+    first mask attend only to earlier ones and themselves. first_from_ar: in diffusion the AR model chooses the first
+    token of each block. adapters: the denoiser is the context tower with adapters. denoiser_layers: the numbers of the
+    autoregressive model's layers that a denoiser tower has a counterpart for; None: all. denoiser_feed_forward: what
+    stands in the place of its MoE layers; None: the same MoE layers.
     """
 
+    prediction_shift: int = 0
+    block_attention: BlockAttention = "full"
+    first_from_ar: bool = False
     adapters: AdapterConfig | None = None
     denoiser_layers: tuple[int, ...] | None = None
     denoiser_feed_forward: FeedForward | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.prediction_shift) is not int or self.prediction_shift not in (0, 1):
+            raise ConfigError(f"config: prediction_shift is {self.prediction_shift!r}; it must be 0 or 1")
+        if self.block_attention not in BLOCK_ATTENTIONS:
+            raise ConfigError(
+                f"config: block_attention is {self.block_attention!r}; it must be one of {', '.join(BLOCK_ATTENTIONS)}"
+            )
+        if type(self.first_from_ar) is not bool:
+            raise ConfigError(f"config: first_from_ar is {self.first_from_ar!r}; it must be true or false")
+        if self.first_from_ar and self.prediction_shift:
+            raise ConfigError(
+                "config: first_from_ar needs prediction_shift 0; with 1, AR chooses the token after each block anyway"
+            )
+        if self.adapters is not None:
+            self._check_gate(self.adapters.gate)
+
+    def _check_gate(self, gate: AdapterGate) -> None:
+        if gate == "masks" and (self.prediction_shift != 1 or self.block_attention != "prefix_causal"):
+            raise ConfigError(
+                'config: adapters with gate "masks" need prediction_shift 1 and block_attention "prefix_causal", not '
+                f"{self.prediction_shift} and {self.block_attention!r}"
+            )
+        if gate == "everywhere" and self.block_attention != "full":
+            raise ConfigError(
+                f'config: adapters with gate "everywhere" need block_attention "full", not {self.block_attention!r}'
+            )
+
+    @classmethod
+    def with_adapters(cls, rank: int, gate: AdapterGate = "masks") -> DenoiserConfig:
+        """Adapters with the usual choices for their gate."""
+        if gate == "masks":
+            return cls(prediction_shift=1, block_attention="prefix_causal", adapters=AdapterConfig(rank, gate))
+        return cls(adapters=AdapterConfig(rank, gate))
 
     @classmethod
     def of(cls, fields: Mapping[str, object]) -> DenoiserConfig:
@@ -59,9 +112,13 @@ class DenoiserConfig:
             ConfigError: a value is not allowed, or the format is newer than this version.
         """
         check_format(fields.get("format"))
-        adapters = fields.get("adapters")
-        layers, feed_forward = (fields.get(name) for name in ("denoiser_layers", "denoiser_feed_forward"))
+        given = {name: value for name, value in fields.items() if value is not None}
+        adapters = given.get("adapters")
+        layers, feed_forward = (given.get(name) for name in ("denoiser_layers", "denoiser_feed_forward"))
         found = cls(
+            prediction_shift=cast(int, given.get("prediction_shift", cls.prediction_shift)),
+            block_attention=cast(BlockAttention, given.get("block_attention", cls.block_attention)),
+            first_from_ar=cast(bool, given.get("first_from_ar", cls.first_from_ar)),
             adapters=None if adapters is None else AdapterConfig.of(adapters),
             denoiser_layers=None if layers is None else layers_of(layers),
             denoiser_feed_forward=None if feed_forward is None else FeedForward.of(feed_forward),

@@ -37,7 +37,9 @@ def test_new_adapters_add_nothing_and_the_context_tower_is_the_source(made: tupl
     assert model.time is None
     assert model.has_adapters
     config = json.loads((two / "config.json").read_text())
-    assert (config["model_type"], config["adapters"], config["format"]) == ("two_tower", {"rank": 4}, 1)
+    assert (config["model_type"], config["format"]) == ("two_tower", 1)
+    assert config["adapters"] == {"rank": 4, "gate": "masks"}
+    assert (config["prediction_shift"], config["block_attention"]) == (1, "prefix_causal")
     expected = full.generate_ar(PROMPT, max_new_tokens=12)
     assert torch.equal(model.generate_ar(PROMPT, max_new_tokens=12), expected)
     verified = model.generate_verified(PROMPT, max_new_tokens=12, draft_steps=1)
@@ -71,6 +73,17 @@ def test_saved_and_loaded_again_and_exported(made: tuple[Path, Path], cli: Calla
         ({"adapters": {"rank": 4, "alpha": 2}}, "adapters is .* it must be an object such as"),
         ({"adapters": 4}, "adapters is 4"),
         ({"adapters": {"rank": 4}, "format": 2}, "format is 2; this version reads up to 1, so update twotower"),
+        ({"adapters": {"rank": 4, "gate": "left"}}, "adapters.gate is 'left'; it must be one of masks, everywhere"),
+        ({"adapters": {"rank": 4}}, 'gate "masks" need prediction_shift 1 .* "prefix_causal", not 0 and \'full\''),
+        (
+            {"adapters": {"rank": 4, "gate": "everywhere"}, "block_attention": "prefix_causal"},
+            'gate "everywhere" need block_attention "full", not \'prefix_causal\'',
+        ),
+        ({"prediction_shift": 2}, "prediction_shift is 2; it must be 0 or 1"),
+        ({"prediction_shift": True}, "prediction_shift is True; it must be 0 or 1"),
+        ({"block_attention": "causal"}, "block_attention is 'causal'; it must be one of full, prefix_causal"),
+        ({"first_from_ar": 1}, "first_from_ar is 1; it must be true or false"),
+        ({"first_from_ar": True, "prediction_shift": 1}, "first_from_ar needs prediction_shift 0"),
     ],
 )
 def test_wrong_fields_are_one_error(fields: dict[str, Any], words: str) -> None:

@@ -21,6 +21,7 @@ from twotower.checkpoint.convert import convert
 from twotower.checkpoint.export import export_peft
 from twotower.checkpoint.peft_adapters import adapted_modules
 from twotower.config import GenericTwoTowerConfig
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.towers import TwoTowerModel
 
@@ -56,7 +57,8 @@ def test_modules_are_those_of_transformers(name: str) -> None:
     config = hf_config(name)
     with torch.device("meta"):
         theirs = dict(AutoModelForCausalLM.from_config(config).named_modules())
-        own = GenericTwoTowerConfig(backbone=config.to_dict(), mask_token_id=3, adapters={"rank": RANK})
+        choices = DenoiserConfig.with_adapters(RANK).to_json()
+        own = GenericTwoTowerConfig(backbone=config.to_dict(), mask_token_id=3, **choices)
         model = TwoTowerModel(own)
     modules = adapted_modules(model)
     for module in modules:
@@ -85,7 +87,9 @@ def test_the_way_back_is_exact(name: str, trained: Callable[[str], Path], cli: C
         assert torch.equal(before[tensor], after[tensor]), tensor
         assert before[tensor].dtype == after[tensor].dtype
     configs = [json.loads((path / "config.json").read_text()) for path in (folder / "two", output)]
-    assert [(c["adapters"], c["format"], c["block_size"]) for c in configs] == [({"rank": RANK}, 1, 8)] * 2
+    assert [(c["adapters"], c["format"], c["block_size"]) for c in configs] == [
+        ({"rank": RANK, "gate": "masks"}, 1, 8)
+    ] * 2
     prompt = torch.tensor([[5, 6, 7, 8]])
     models = [TwoTowerForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (folder / "two", output)]
     assert models[1].context.mask_embedding is not None

@@ -22,6 +22,7 @@ from twotower import LLM, AsyncLLM, Request, TwoTowerForCausalLM
 from twotower.checkpoint.quantize import quantize_
 from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.params import GenerationParams
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.engine import one_pass
 from twotower.engine.compiled import MOST_STEPS_BEFORE_STOP
 from twotower.engine.generation import generate
@@ -178,6 +179,28 @@ def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, monkeypat
     assert drafted
     assert passes < tokens
     assert rounds
+
+
+@needs_kernels
+@pytest.mark.parametrize("choice", ["shift", "first", "everywhere"])
+def test_other_blocks_give_the_same_events(choice: str) -> None:
+    """The commits of shifted blocks are compiled calls; only a tower without shift also fills blocks in them."""
+    choices = {
+        "shift": DenoiserConfig(prediction_shift=1),
+        "first": DenoiserConfig(first_from_ar=True),
+        "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
+    }
+    own = two_tower("nemotron_h", torch.float32, denoiser=choices[choice])
+    own.tokenizer = Words()
+    requests = mixed(12, 3)
+    with compiled(on=False):
+        expected = run(LLM(own, rows=4, length=LENGTH), requests, 0.0)
+    for seconds in (0.0, BURST):
+        with compiled() as calls:
+            found = run(LLM(own, rows=4, length=LENGTH), requests, seconds)
+        assert by_row(found) == by_row(expected)
+        assert calls["read"]
+        assert bool(calls["fill_blocks"]) == (choice == "first")
 
 
 @needs_kernels

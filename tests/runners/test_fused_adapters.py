@@ -9,6 +9,7 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.quantize import quantize_
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.ops.cpu import library
 from twotower.runners.fused_cpu import FusedCPURunner
 
@@ -67,3 +68,29 @@ def test_changed_adapters_are_read_again() -> None:
     after = passes(model)[0]
     assert not torch.equal(before[0, 3:], after[0, 3:])
     assert torch.equal(before[0, :3], after[0, :3])
+
+
+CHOICES = {
+    "shift-prefix": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
+    "everywhere": DenoiserConfig.with_adapters(5, "everywhere"),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@torch.no_grad()
+def test_blocks_of_other_denoisers_run_in_the_pass(choice: str) -> None:
+    """A prefix-causal block with time conditioning, and adapters at every position: as the layers one by one."""
+    model = two_tower("nemotron_h", torch.float32, denoiser=CHOICES[choice])
+    tower = model.context if model.has_adapters else model.denoiser
+    assert tower is not None
+    runner = next(own for own in tower.runners if isinstance(own, FusedCPURunner))
+    state = model.new_state(2, 40)
+    model.prefill(PROMPT, LENGTHS, state)
+    before = runner.prepared
+    level = torch.tensor([0.6, 0.9])
+    found = model.denoise(BLOCK, level, state.view(), lengths=WIDTHS)
+    assert runner.prepared == before + 1
+    tower.runners = ()
+    expected = model.denoise(BLOCK, level, state.view(), lengths=WIDTHS)
+    for row, width in enumerate(WIDTHS.tolist()):
+        torch.testing.assert_close(found[row, :width], expected[row, :width], rtol=0, atol=3e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 from tiny_backbones import two_tower
 from tiny_run import checkpoints, column, launch, log, log_text, model_bytes, run_cli, two_towers, weights
 
+from twotower.denoiser_fields import DenoiserConfig
+
+SLOW = pytest.mark.slow
 EVERYTHING = (
     "--patterns", "levels+clipped+draft+prefix+complementary:2", "--clip-levels", "0.2,0.9",
     "--targets", "tokens:0.3+kl:0.3+tv:0.2+acceptance:0.2", "--position-decay", "4", "--alignment", "0.5",
@@ -22,13 +26,21 @@ SHORT = (
 )  # fmt: skip
 
 
+DENOISERS = {
+    "adapters": DenoiserConfig.with_adapters(3),
+    "everywhere": replace(DenoiserConfig.with_adapters(3, "everywhere"), prediction_shift=1),
+    "shifted": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
+}
+
+
 @functools.cache
 def source(kind: str) -> Path:
-    """A float64 checkpoint with a tokenizer, and adapters or a full denoiser."""
+    """A float64 checkpoint with a tokenizer, and a denoiser of a kind of DENOISERS, or a full one as released."""
     directory = tiny_run.folder() / f"recipes-{kind}"
     if kind == "full":
         return two_towers(directory, "M*E", torch.float64)
-    model = two_tower("nemotron_h", torch.float64, seed=3, rank=3, vocab_size=tiny_run.VOCABULARY)
+    vocabulary = {"vocab_size": tiny_run.VOCABULARY}
+    model = two_tower("nemotron_h", torch.float64, seed=3, denoiser=DENOISERS[kind], **vocabulary)
     own = tiny_run.tokenizer()
     for name in ("bos", "eos", "pad", "mask"):
         setattr(model.config, f"{name}_token_id", getattr(own, f"{name}_token_id"))
@@ -44,7 +56,9 @@ def whole_run(kind: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("kind", ["adapters", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["adapters", "shifted", *(pytest.param(k, marks=SLOW) for k in ("full", "everywhere"))]
+)
 def test_a_resumed_run_ends_with_the_same_bits(kind: str, tmp_path: Path) -> None:
     whole, output = whole_run(kind), tmp_path / "run"
     found = log(whole)[-1]["validation"]
@@ -53,6 +67,10 @@ def test_a_resumed_run_ends_with_the_same_bits(kind: str, tmp_path: Path) -> Non
         assert 0 <= found["texts_kept"] <= 1
         assert found["free_tokens"] > 0
         assert 0 <= found["ar_accuracy"] <= 1
+    else:
+        assert found["tokens_per_pass"] > 0
+        assert found["masked_nll"] > 0
+        assert 0 <= found["agreement"] <= 1
     shutil.copytree(whole, output)
     shutil.rmtree(output / "model")
     shutil.rmtree(output / "checkpoints" / checkpoints(output)[-1])
@@ -62,7 +80,7 @@ def test_a_resumed_run_ends_with_the_same_bits(kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["adapters", "full"])
+@pytest.mark.parametrize("kind", ["full", *DENOISERS])
 def test_two_processes_give_the_losses_of_one(kind: str, tmp_path: Path) -> None:
     one, two = whole_run(kind), tmp_path / "run"
     hard = ("--micro-batch-size", "1", "--activation-checkpointing")

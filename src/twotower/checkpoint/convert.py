@@ -22,6 +22,7 @@ import torch
 
 from twotower.checkpoint import denoiser_tensors, gguf_file, names, one_tower, peft_adapters, pretrained, reader
 from twotower.checkpoint.converted_tensors import check_stored, fresh_tensors, tensors_to_write
+from twotower.checkpoint.denoiser_choices import NO_CHOICES, DenoiserChoices, given_adapters
 from twotower.checkpoint.denoiser_tensors import DenoiserTensors, FeedForwardMaker
 from twotower.checkpoint.mask_token import MaskToken, is_ordinary_token
 from twotower.checkpoint.mask_token import choose as choose_mask_token
@@ -32,7 +33,7 @@ from twotower.checkpoint.peft_adapters import AdapterFolder
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
-from twotower.denoiser_fields import AdapterConfig, DenoiserConfig
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.deprecation import renamed_argument
 from twotower.errors import ArgumentError
 from twotower.model.towers import TwoTowerModel
@@ -82,6 +83,7 @@ def convert(
     *,
     mask_token: int | str | None = None,
     denoiser_lora: int | None = None,
+    choices: DenoiserChoices = NO_CHOICES,
     adapters: str | Path | None = None,
     denoiser_layers: str | None = None,
     denoiser_feed_forward: str | None = None,
@@ -95,13 +97,12 @@ def convert(
     """Converts an autoregressive checkpoint, a directory or a hub id, to a two-tower checkpoint in `directory`.
 
     mask_token: its id or text; None: see `mask_token.choose`. denoiser_lora: rank of adapters on the context tower,
-    which are the denoiser; None: a second tower. adapters: a directory or hub id with such adapters, as `export_peft`
-    writes them; they bring their mask token. denoiser_layers: the layers of a smaller second tower, as text such as
-    "every:4" (`denoiser_shape.parse_layers`). denoiser_feed_forward: in the place of its MoE layers, "experts:K" or
-    "dense:WIDTH", made by `calibration`. dtype: bfloat16, float32 or float64, for all tensors but those of
-    `fp32_tensors`, which get at least fp32; None keeps the dtype of each tensor. seed: of the random part, the time
-    embedder or new adapters. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
-    bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
+    which are the denoiser; None: a second tower. choices: of a new denoiser. adapters: a directory or hub id with
+    such adapters, as `export_peft` writes them; they bring their mask token. denoiser_layers: the layers of a smaller
+    second tower, as text such as "every:4" (`denoiser_shape.parse_layers`). denoiser_feed_forward: in the place of its
+    MoE layers, "experts:K" or "dense:WIDTH", made by `calibration`. dtype: of all tensors but those of `fp32_tensors`,
+    which get at least fp32; None: as stored. seed: of the time embedder or new adapters. overwrite: whether to replace
+    a checkpoint. progress(done, total): in bytes. An unfinished checkpoint is in `<directory>.partial`.
 
     Raises:
         ConfigError, CheckpointError: the source is not a valid checkpoint of a supported family, or its
@@ -112,10 +113,10 @@ def convert(
     origin = Path(source) if str(source).endswith(gguf_file.SUFFIX) else resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
-    stored = peft_adapters.given_adapters(adapters, mask_token, denoiser_lora)
+    stored = given_adapters(adapters, mask_token, denoiser_lora, choices.given)
     source_tower = one_tower.read(origin)
     shape = denoiser_tensors.shape_of(source_tower, denoiser_layers, denoiser_feed_forward, calibration)
-    tower, mask = _prepared(source_tower, mask_token, denoiser_lora, stored, shape)
+    tower, mask = _prepared(source_tower, mask_token, choices.config(denoiser_lora), stored, shape)
     config = tower.model.config
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
     check_stored(tower, wanted, origin)
@@ -180,14 +181,15 @@ def _result(
 def _prepared(
     tower: OneTowerCheckpoint,
     mask_token: int | str | None,
-    denoiser_lora: int | None,
+    denoiser: DenoiserConfig,
     stored: AdapterFolder | None,
     shape: DenoiserConfig | None,
 ) -> tuple[OneTowerCheckpoint, MaskToken]:
     """The source with the model of the conversion, whose mask token and adapters are chosen."""
     config = tower.model.config
+    denoiser = denoiser if stored is None else stored.denoiser
     given = mask_token if stored is None else stored.mask_token_id
-    if shape is not None and (stored is not None or denoiser_lora is not None):
+    if shape is not None and denoiser.adapters is not None:
         raise ArgumentError(
             "denoiser_layers and denoiser_feed_forward describe a second tower, and the denoiser is adapters; leave "
             "them or the adapters out",
@@ -197,12 +199,11 @@ def _prepared(
     config.mask_token_id = mask.id
     if stored is not None:
         mask = replace(mask, reason="the mask token of the adapters")
-        return _with_denoiser(tower, config, stored.denoiser, stored.block_size), mask
-    if denoiser_lora is not None:
-        return _with_denoiser(tower, config, DenoiserConfig(adapters=AdapterConfig(denoiser_lora)), None), mask
+        return _with_denoiser(tower, config, denoiser, stored.block_size), mask
     if shape is not None:
-        return _with_denoiser(tower, config, shape, None), mask
-    return tower, mask
+        layers, feed_forward = shape.denoiser_layers, shape.denoiser_feed_forward
+        denoiser = replace(denoiser, denoiser_layers=layers, denoiser_feed_forward=feed_forward)
+    return (tower if denoiser == DenoiserConfig() else _with_denoiser(tower, config, denoiser, None)), mask
 
 
 def _with_denoiser(

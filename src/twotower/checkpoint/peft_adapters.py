@@ -29,7 +29,7 @@ from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import FLOATS, TensorToWrite, write_file
 from twotower.config import errors_of, read_object
 from twotower.denoiser_fields import NAMES, AdapterConfig, DenoiserConfig
-from twotower.errors import ArgumentError, CheckpointError, ConfigError
+from twotower.errors import CheckpointError, ConfigError
 from twotower.families import family_of
 from twotower.json_text import JsonObject
 from twotower.model.towers import TwoTowerModel
@@ -299,28 +299,6 @@ class AdapterFolder:
                     f"{file}: {key} is {value!r}; for adapters of rank {rank_of(self.denoiser)} as twotower export "
                     f"writes them it is {expected[key]!r}"
                 )
-
-
-def given_adapters(
-    adapters: str | Path | None, mask_token: int | str | None, denoiser_lora: int | None
-) -> AdapterFolder | None:
-    """The adapters that `twotower init` gets, if any.
-
-    Raises:
-        CheckpointError, ConfigError: see `AdapterFolder.read`.
-        ArgumentError: another mask token or a rank is given too.
-    """
-    if adapters is None:
-        return None
-    if denoiser_lora is not None:
-        raise ArgumentError("--adapters and --denoiser-lora exclude each other: the given adapters have their rank")
-    stored = AdapterFolder.read(adapters)
-    if mask_token is not None and str(mask_token) != str(stored.mask_token_id):
-        raise ArgumentError(
-            f"--mask-token is {mask_token!r}, and the mask token of {adapters} has id {stored.mask_token_id}; leave "
-            "out --mask-token"
-        )
-    return stored
 
 
 def _fields(values: JsonObject) -> JsonObject:

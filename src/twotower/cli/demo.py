@@ -99,13 +99,14 @@ def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
 def show_run(model: TwoTowerForCausalLM) -> None:
     """Shows one run, which is not measured."""
     from twotower.cli.watch import Watcher, make_view
+    from twotower.engine.towers import block_rule
     from twotower.tokenizer import require_tokenizer
 
     if not sys.stdout.isatty():
         click.echo(PROMPT + "\n")
     mode, tokenizer = shown_mode(model), require_tokenizer(model.tokenizer)
     view = make_view("stdout", PROMPT, keep=True)
-    with Watcher(tokenizer, model.config.mask_token, view, int(mode == "verified"), model.has_adapters) as watcher:
+    with Watcher(tokenizer, model.config.mask_token, view, mode, block_rule(model)) as watcher:
         events = model.stream(PROMPT, mode, step_callback=watcher.callback, **stream_arguments(model, mode))
         for _ in watcher.watch(events):
             pass

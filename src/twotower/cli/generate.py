@@ -280,17 +280,13 @@ def generate_text(options: GenerateOptions) -> None:
 
 def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) -> Watcher:
     from twotower.cli.watch import NullView, Watcher, make_view
+    from twotower.engine.towers import block_rule
     from twotower.tokenizer import require_tokenizer
 
     # If the text goes to a file, the last frame stays on the terminal.
     view = make_view("stderr", prompt, keep=not sys.stdout.isatty()) if options.watch else NullView()
-    return Watcher(
-        require_tokenizer(model.tokenizer),
-        model.config.mask_token,
-        view,
-        known_positions=int(options.mode == "verified"),
-        one_pass=model.has_adapters,
-    )
+    names = require_tokenizer(model.tokenizer)
+    return Watcher(names, model.config.mask_token, view, options.mode, block_rule(model))
 
 
 def _stream(

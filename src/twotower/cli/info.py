@@ -94,6 +94,11 @@ def describe(path: Path) -> Facts:
         "adapters": _adapters(model, models_by_dtype),
         "denoiser": denoiser_facts(model),
         "layer_numbers": layer_numbers(model.spec),
+        "blocks": {
+            "prediction_shift": config.denoiser.prediction_shift,
+            "block_attention": config.denoiser.block_attention,
+            "first_from_ar": config.denoiser.first_from_ar,
+        },
         "backbone": backbone_facts(config, model.spec),
         "layers": _layers(model.spec),
         "shape": _shape(model.spec),
@@ -216,6 +221,7 @@ def _adapters(
         return None
     return {
         "rank": adapters.rank,
+        "gate": adapters.gate,
         "parameters": sum(tensor.numel() for name, tensor in model.named_parameters() if _of_adapters(name)),
         "bytes": {name: _memory(*each)["denoiser"] for name, each in models_by_dtype.items()},
         "read_bytes": {name: _read_bytes(*each) for name, each in models_by_dtype.items()},

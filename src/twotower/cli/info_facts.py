@@ -80,13 +80,14 @@ class BackboneFacts(TypedDict):
 
 
 class AdapterFacts(TypedDict):
-    """Adapters on the context tower, which are the denoiser; bytes by dtype.
+    """Adapters on the context tower, which are the denoiser; bytes by dtype. gate: where they act.
 
     read_bytes: of the weights of the network and its adapters that a pass over one token reads. A pass over more tokens
     can read more experts.
     """
 
     rank: int
+    gate: str
     parameters: int
     bytes: dict[str, int]
     read_bytes: dict[str, int]
@@ -101,6 +102,14 @@ class DenoiserFacts(TypedDict):
     parameters: int
 
 
+class BlockFacts(TypedDict):
+    """What the denoiser's blocks are: fields of `DenoiserConfig`."""
+
+    prediction_shift: int
+    block_attention: str
+    first_from_ar: bool
+
+
 class Facts(TypedDict):
     """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
     device. layer_numbers: of the backbone's layers, by kind. denoiser: None if it is a full tower, or adapters."""
@@ -109,6 +118,7 @@ class Facts(TypedDict):
     adapters: AdapterFacts | None
     denoiser: DenoiserFacts | None
     layer_numbers: dict[str, list[int]]
+    blocks: BlockFacts
     backbone: BackboneFacts
     architectures: list[str] | None
     dtype: str

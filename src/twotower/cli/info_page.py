@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from twotower.cli.info_facts import (
         AdapterFacts,
         BackboneFacts,
+        BlockFacts,
         DenoiserFacts,
         Facts,
         GenerationFacts,
@@ -51,6 +52,8 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
         yield "denoiser", list(_adapters(facts["adapters"]))
     if facts["denoiser"] is not None:
         yield "denoiser", list(_denoiser(facts["denoiser"]))
+    if blocks := list(_blocks(facts["blocks"])):
+        yield "blocks", blocks
     yield "weights in", list(_memory(facts["memory"], facts["adapters"]))
     yield "state", list(_state(facts["state"], facts["adapters"] is None))
     for device, rows in facts["backends"].items():
@@ -139,7 +142,20 @@ def _adapters(adapters: AdapterFacts) -> Iterator[str]:
         f"adapters of rank {adapters['rank']} on the context tower: {format_count(adapters['parameters'])} parameters; "
         "one network in memory"
     )
-    yield "a pass checks a draft and makes the next (docs/decoding.md)"
+    if adapters["gate"] == "masks":
+        yield "they act from the first mask on: a pass checks a draft and makes the next (docs/decoding.md)"
+    else:
+        yield "they act at every position of a block"
+
+
+def _blocks(blocks: BlockFacts) -> Iterator[str]:
+    """What is not as in the released model."""
+    if blocks["prediction_shift"]:
+        yield "prediction shift 1: each output predicts the next token; a block begins with the text's last token"
+    if blocks["block_attention"] != "full":
+        yield "prefix-causal attention: the tokens before the first mask attend only to earlier ones"
+    if blocks["first_from_ar"]:
+        yield "in diffusion the context tower chooses the first token of each block"
 
 
 def _memory(memory: dict[str, dict[str, int]], adapters: AdapterFacts | None) -> Iterator[str]:

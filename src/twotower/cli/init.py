@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from twotower.checkpoint.convert import ConversionResult
     from twotower.evaluation.feed_forward import TextFeedForward
 
+GATES = ("masks", "everywhere")
+BLOCK_ATTENTIONS = ("full", "prefix_causal")
+
 
 @click.command()
 @click.option(
@@ -72,6 +75,27 @@ if TYPE_CHECKING:
     help="Tokens of --calibrate to read.",
 )
 @click.option(
+    "--adapter-gate",
+    type=click.Choice(GATES),
+    help="Where adapters act. masks: from the first mask of a block on, so one pass checks a draft and makes the next. "
+    "everywhere: at every position of a block; the passes are then those of a second tower. [default: masks]",
+)
+@click.option(
+    "--prediction-shift",
+    type=click.Choice(("0", "1")),
+    help="1: each output of the denoiser predicts the next token, and a block begins with the text's last token. "
+    "[default: 0; 1 for adapters at masks]",
+)
+@click.option(
+    "--block-attention",
+    type=click.Choice(BLOCK_ATTENTIONS),
+    help="prefix_causal: the tokens of a block before its first mask attend only to earlier ones. "
+    "[default: full; prefix_causal for adapters at masks]",
+)
+@click.option(
+    "--first-from-ar", is_flag=True, help="In diffusion the context tower chooses the first token of each block."
+)
+@click.option(
     "--adapters",
     metavar="PATH",
     help="Adapters of this model that twotower export --to peft wrote, a directory or hub id: they are the denoiser.",
@@ -105,6 +129,7 @@ def init(
     seed: int,
     overwrite: bool,
     as_json: bool,
+    **choices: object,
 ) -> None:
     """Make a two-tower checkpoint from a one-tower checkpoint.
 
@@ -120,12 +145,14 @@ def init(
     """
     with models.status("reading …"):
         from twotower.checkpoint.convert import convert
+        from twotower.checkpoint.denoiser_choices import DenoiserChoices
     with byte_bar() as progress:
         made = convert(
             source,
             output,
             mask_token=mask_token,
             denoiser_lora=denoiser_lora,
+            choices=DenoiserChoices.of_options(choices),
             adapters=adapters,
             denoiser_layers=denoiser_layers,
             denoiser_feed_forward=denoiser_feed_forward,

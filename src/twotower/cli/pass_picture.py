@@ -15,7 +15,8 @@ from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from twotower.cli.watch import DARK_TEXT, Frame, TokenNames, blend, colour, hex_colour
+from twotower.cli.colours import DARK_TEXT, blend, colour, hex_colour
+from twotower.cli.watch import Frame, TokenNames
 from twotower.errors import ArgumentError
 
 BACKGROUND, FOREGROUND, LABEL = "#161a22", "#d8dee9", "#7d8799"

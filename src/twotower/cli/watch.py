@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, Group
@@ -18,11 +17,13 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
+from twotower.cli.colours import colour, on
 from twotower.cli.terminal import can_move_cursor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from twotower.decoding.block_rule import BlockRule
     from twotower.decoding.output import BlockEvent
     from twotower.engine.denoiser_step import StepCallback
     from twotower.tokenizer import Tokenizer
@@ -38,8 +39,8 @@ class Frame:
 
     tokens: None for a masked position; the last frame of a block has only tokens of the text. fresh: committed by the
     last pass. confidence: at the commit, or of the best candidate so far; None before the first pass. total_passes,
-    total_tokens: of the run so far. verified: whether the context tower has verified the block. Then the last token is
-    the context tower's own.
+    total_tokens: of the run so far. verified: whether the context tower has read the block. Then the last token is the
+    context tower's own.
     """
 
     block: int
@@ -98,18 +99,24 @@ class View(Protocol):
 class Watcher:
     """Records row 0 of a run: pass `on_pass` as step callback, and iterate over `watch(events)`.
 
-    known_positions: number of leading positions of every block that are text already (1 in verified decoding).
-    one_pass: the denoiser is adapters. There are no calls of `on_pass` then; the events alone show the drafts.
+    mode, rule: of the run; None: as released.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, mask_token: int, view: View, known_positions: int = 0, one_pass: bool = False
+        self, tokenizer: Tokenizer, mask_token: int, view: View, mode: str = "diffusion", rule: BlockRule | None = None
     ) -> None:
+        from twotower.decoding.block_rule import RELEASED
+
+        rule = RELEASED if rule is None else rule
         self.names = TokenNames(tokenizer)
         self.mask_token = mask_token
         self.view = view
-        self.known_positions = known_positions
-        self.one_pass = one_pass
+        # Leading positions of every block that are text already, and outputs before those that predict the others.
+        self.known_positions = int(mode == "verified" if rule.one_pass else rule.begins_with_text(mode))
+        self.unused_outputs = self.known_positions - rule.shift
+        # There are no calls of `on_pass` with one pass a round; the events alone show the drafts.
+        self.one_pass = rule.one_pass
+        self.keeps_drafts = mode == "diffusion" and self.known_positions > 0 and not rule.one_pass
         self.blocks: list[list[Frame]] = []
         self._block_open = False  # whether the event of the last block is still to come
         self._logits: Tensor | None = None  # of the last pass, whose commits come with the next call
@@ -137,7 +144,7 @@ class Watcher:
         if logits is None or step > 0:
             tokens = [None if token == self.mask_token else token for token in row.tolist()]
             self._add_frame(block_idx, len(tokens), tokens, self._confidence(tokens))
-        self._logits = None if logits is None else logits[0, self.known_positions :].clone()
+        self._logits = None if logits is None else logits[0, self.unused_outputs :][: len(row)].clone()
         self._drawing_seconds += time.perf_counter() - started
 
     def watch(self, events: Iterator[BlockEvent]) -> Iterator[BlockEvent]:
@@ -156,16 +163,18 @@ class Watcher:
         self._logits, self._block_open = None, True
 
     def _close_block(self, event: BlockEvent) -> None:
-        if not self._block_open:  # a token of the context tower, without a draft
+        alone = not self._block_open
+        if alone:  # a token of the context tower, without a draft
             self._open_block()
             given = event.draft if self.one_pass and event.draft else [None] * len(event.tokens)
             self._add_frame(event.block, len(event.tokens), given, [None] * len(given))
         frames = self.blocks[-1]
-        if event.draft and not self.one_pass:
-            self._add_frame(event.block, len(event.draft), event.draft, self._confidence(event.draft))
-        self._add_frame(
-            event.block, frames[0].size, event.tokens, event.confidence, verified=bool(self.known_positions)
-        )
+        whole = len(event.tokens) > frames[0].size  # the context tower's token follows the block
+        draft = event.tokens[:-1] if self.keeps_drafts and whole else event.draft
+        if draft and not self.one_pass:
+            self._add_frame(event.block, len(draft), draft, self._confidence(draft))
+        verified = bool(self.known_positions) and (alone or whole or not self.keeps_drafts)
+        self._add_frame(event.block, frames[0].size, event.tokens, event.confidence, verified)
         self._passes, self._tokens = frames[-1].total_passes, frames[-1].total_tokens
         self._block_open = False
         self.view.append_text(event.text)
@@ -214,35 +223,6 @@ class Watcher:
         return [float(probability) for probability in confidence(logits[None], scored[None])[0].tolist()]
 
 
-# --- colours --------------------------------------------------------------------------------------------------------
-
-# Confidence 0 to 1 from warm to cool: safe for red-green colour blindness, and dark text is readable on all colours.
-_RAMP = ((0.0, (224, 142, 121)), (0.5, (232, 197, 122)), (0.9, (143, 193, 169)), (1.0, (111, 179, 201)))
-DARK_TEXT = "#1b202b"
-
-
-def colour(confidence: float) -> tuple[int, int, int]:
-    """The colour of a confidence."""
-    for (low, a), (high, b) in pairwise(_RAMP):
-        if confidence <= high:
-            return blend(a, b, (confidence - low) / (high - low))
-    return _RAMP[-1][1]
-
-
-def blend(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tuple[int, int, int]:
-    share = min(max(share, 0.0), 1.0)
-    r, g, b_ = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
-    return r, g, b_
-
-
-def hex_colour(rgb: tuple[int, int, int]) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*rgb)
-
-
-def _on(rgb: tuple[int, int, int]) -> Style:
-    return Style(color=DARK_TEXT, bgcolor=hex_colour(rgb))
-
-
 # --- views ----------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +233,7 @@ def block_text(frame: Frame, names: TokenNames) -> Text:
         if token is None:
             out.append(MASK, Style(dim=True))
         else:
-            style = _on(colour(frame.confidence[i] or 0.0)) if frame.fresh[i] else Style()
+            style = on(colour(frame.confidence[i] or 0.0)) if frame.fresh[i] else Style()
             out.append(names(token), style)
             if names(token).endswith("↵"):
                 out.append("\n")

@@ -15,7 +15,7 @@ from twotower.engine.rounds import can_run_in_lockstep
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.sequence import Request, RunningSequence
-from twotower.engine.towers import Towers
+from twotower.engine.towers import Towers, block_rule
 from twotower.ops.host_transfer import to_device_async
 
 
@@ -36,6 +36,7 @@ class Admitter:
         block_size: int,
     ) -> None:
         self.model, self.options = model, options
+        self.block_rule = block_rule(model)
         self.state, self.prefixes, self.constants = state, prefixes, constants
         self.scheduler, self.block_size = scheduler, block_size
 
@@ -82,7 +83,7 @@ class Admitter:
         reason = reason or request.mode_reason
         output = SequenceOutput.of(number, params, len(request.prompt), self.model.tokenizer, reason)
         controller = self.model.workspace.draft_controller(request.params, together, len(request.prompt))
-        return RunningSequence.of(request, output, slot, controller, self.model.has_adapters)
+        return RunningSequence.of(request, output, slot, controller, self.block_rule)
 
     def _prepare_slots(self, sequences: Sequence[RunningSequence]) -> None:
         for constants in self.constants:

@@ -84,7 +84,7 @@ class CompiledPasses:
         if lent is None:
             return None
         sampled = scheduled[0].sampled
-        rows = [RowTokens(entry.tokens, entry.masks, entry.sequence.final_drafts) for entry in scheduled]
+        rows = [RowTokens(entry.tokens, entry.masks, entry.sequence.keeps_draft) for entry in scheduled]
         started = time.perf_counter()
         chosen, sure, accepted = lent.own.read(rows, sampled)
         if sequences[0].one_pass:
@@ -154,6 +154,9 @@ class CompiledPasses:
         model = self.model
         if model is None or model.denoiser is None or not _is_own(model, "denoise"):
             return False
+        choices = model.config.denoiser
+        if choices.prediction_shift or choices.block_attention != "full":
+            return False
         own_rule = POLICIES["threshold"].rule is threshold
         return own_rule and all(
             s.policy == "threshold" and s.rule.temperature <= 0 and not s.request.watched for s in sequences
@@ -178,7 +181,7 @@ class CompiledPasses:
                 mask_token=s.params.mask_token_id,
                 steps=s.max_passes,
                 opens=s in opening,
-                pending=s.pending if s.mode == "verified" else -1,
+                pending=s.pending if s.begins_with_text else -1,
                 modulations=modulations.get(s.params.block_size),
                 threshold=s.policy_value,
             )
@@ -191,7 +194,7 @@ class CompiledPasses:
         lent.runner.keep(lent.own)
         self._time("block", sequences, started, done)
         for s in opening:
-            s.policy_memory, s.has_masks = None, s.mode != "verified" or s.params.block_size > 1
+            s.policy_memory, s.has_masks = None, s.open_predictions > 0
         for s in sequences:
             s.passes_launched += done
             s.output.denoiser_passes += (done - 1) * s.has_masks  # `OpenBlocks.collect` counts the last pass
@@ -308,7 +311,7 @@ def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
     return all(entry.sampled == sampled and not entry.wants_logprobs for entry in scheduled) and (
         not sampled
         or all(
-            s.rule.temperature <= 0 and s.matcher is None and (s.acceptance >= 1 or s.final_drafts)
+            s.rule.temperature <= 0 and s.matcher is None and (s.acceptance >= 1 or s.keeps_draft)
             for s in (entry.sequence for entry in scheduled)
         )
     )

@@ -30,7 +30,7 @@ def known_next(sequence: RunningSequence, count: int) -> list[int] | None:
     end = sequence.read + count
     if sequence.request.prompt_logprobs and not sequence.output.blocks:
         return list(sequence.request.prompt[sequence.read + 1 : end + 1])
-    wanted = sequence.request.logprobs is not None and sequence.mode == "diffusion"
+    wanted = sequence.request.logprobs is not None and sequence.mode == "diffusion" and not sequence.begins_with_text
     return [] if wanted and end == sequence.prompt_end else None
 
 
@@ -212,8 +212,8 @@ def _choose(
     own, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
     if width == 1:
         return own, sure
-    final = any(sequence.final_drafts for sequence in sequences)
-    relaxed = any(sequence.acceptance < 1 and not sequence.final_drafts for sequence in sequences)
+    final = any(sequence.keeps_draft for sequence in sequences)
+    relaxed = any(sequence.acceptance < 1 and not sequence.keeps_draft for sequence in sequences)
     most = read.lengths if allowed is None else to_device_async(allowed, device) + 1
     acceptance = at(constants.acceptance, read.slots) if relaxed or final else 1.0
     chosen, accepted = accept(tokens, own, logits, acceptance, most)
@@ -239,7 +239,7 @@ def record_tokens(
             draft = sequence.block[1:]
             steps = [*sequence.committed_at[1 : accepted + 1], sequence.max_passes]
             sequence.read -= len(draft) - accepted
-            if not sequence.final_drafts:
+            if not sequence.keeps_draft:
                 sequence.output.count_verified(len(draft), accepted)
         sequence.pending, sequence.accepted = new[accepted], accepted
         text, confidences, complete = new[: accepted + 1], sure[: accepted + 1], False
@@ -254,6 +254,9 @@ def record_tokens(
         if sequence.final_drafts:
             text, confidences = final_text(entry, new, sure, accepted)
             steps, draft = [0] * len(text), ()
+        elif sequence.final_block:
+            text = [*draft[:accepted], new[accepted]]
+            confidences, draft = [*sequence.confidence[1 : accepted + 1], sure[accepted]], ()
         if sequence.matcher is not None:
             advanced = advance(sequence, sequence.matcher, text)
             if isinstance(advanced, BlockEvent):

@@ -67,7 +67,7 @@ class EngineCore:
         self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, kv_slots, longest_pass))
         self._state_bytes = self.state.nbytes  # constant, because the pools are allocated once
         self.prefixes = PrefixCache(PROMPT_CHUNK, spare)
-        self.reader = model.reader(self.state) if model.denoiser is not None else None
+        self.reader = model.reader(self.state) if model.has_denoiser else None
         self.two_devices = isinstance(self.reader, Replica)
         device = model.device if model.denoiser is None else model.denoiser.device
         self.async_scheduling = device.type == "cuda" and not options.lockstep  # a CPU pass is complete at its launch

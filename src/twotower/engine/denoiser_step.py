@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.cache.pools import ContextView
+from twotower.decoding.block_rule import noise_level
 from twotower.decoding.output import StepEvent
 from twotower.decoding.sampling import DIFFUSION_CANDIDATE, NoiseKeys, sample_rows
 from twotower.decoding.unmasking import Pass
@@ -21,7 +24,7 @@ from twotower.engine.commit import commit_rows
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of, stored
-from twotower.engine.towers import Towers
+from twotower.engine.towers import Towers, block_rule
 from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
 # Called as callback(step, steps, block, t=, logits=, block_idx=): see `TwoTowerForCausalLM.generate_mask_diffusion`.
@@ -40,6 +43,8 @@ class OpenBlocks:
     ) -> None:
         rows, device = constants.rows, constants.device
         self.model = model
+        self.shift = block_rule(model).shift
+        self.prefix_causal = model.config.denoiser.block_attention == "prefix_causal"
         self.constants = constants
         self.size = size
         self.callback = callback
@@ -54,17 +59,17 @@ class OpenBlocks:
         self.steps = torch.zeros_like(self.step)
 
     def open(self, sequences: Sequence[RunningSequence]) -> None:
-        """Opens a block for each sequence. A draft begins with the pending token, which is not masked."""
+        """Opens a block for each sequence. The pending token, if a block begins with it, is not masked."""
         if not sequences:
             return
         slots = slots_of(sequences, self.constants.rows, self.device)
         mask, sizes = at(self.constants.mask_token, slots), at(self.constants.block_size, slots)
         tokens = mask.repeat(1, self.size)
         masked = torch.arange(self.size, device=self.device) < sizes
-        facts = [(s.max_passes, s.mode == "verified", s.pending) for s in sequences]
-        allowed, drafts, pending = to_device_async(facts, self.device).unbind(1)
-        if any(draft for _, draft, _ in facts):
-            decided = drafts.bool()
+        facts = [(s.max_passes, s.begins_with_text, s.pending) for s in sequences]
+        allowed, known, pending = to_device_async(facts, self.device).unbind(1)
+        if any(text for _, text, _ in facts):
+            decided = known.bool()
             tokens[:, 0] = torch.where(decided, pending, tokens[:, 0])
             masked[:, 0] &= ~decided
         self.tokens, self.masked = stored(self.tokens, slots, tokens), stored(self.masked, slots, masked)
@@ -76,7 +81,7 @@ class OpenBlocks:
         self.steps = stored(self.steps, slots, allowed[:, None].clone())
         for sequence in sequences:
             sequence.policy_memory = None
-            sequence.has_masks = sequence.mode != "verified" or sequence.params.block_size > 1
+            sequence.has_masks = sequence.open_predictions > 0
         if self.callback is not None:
             first = sequences[0]
             self.callback(0, first.max_passes, tokens.clone(), t=1.0, logits=None, block_idx=first.output.blocks)
@@ -84,7 +89,7 @@ class OpenBlocks:
     def launch(
         self, sequences: Sequence[RunningSequence], view: ContextView, may_be_done: bool, catch: bool
     ) -> PendingDenoise:
-        """Launches a denoiser pass over the sequences' blocks.
+        """Launches a denoiser pass over the sequences' blocks. Outputs 0 … L − 1 − shift predict inputs shift … L − 1.
 
         may_be_done: a pass that is not collected yet may have finished blocks. catch: an exception of a commit policy
         ends its own sequence; otherwise the exception is raised.
@@ -99,22 +104,28 @@ class OpenBlocks:
             lengths = sizes[:, 0] * masked.any(1)
         elif any(sequence.params.block_size < width for sequence in sequences):
             lengths = sizes[:, 0]
-        t = masked.sum(1).to(self.dtype) / sizes[:, 0]
-        logits = self.model.denoise(tokens, t, view, lengths=lengths, upcast_logits=False)
+        t = noise_level(masked.sum(1).to(self.dtype), sizes[:, 0], self.shift)
+        denoise = self.model.denoise
+        if self.prefix_causal:  # requests may have other mask tokens than the model
+            denoise = partial(denoise, prefix=(~masked).long().cumprod(1).sum(1))
+        logits = denoise(tokens, t, view, lengths=lengths, upcast_logits=False)
         if self.callback is not None:
             self._tell(sequences[0], tokens, t, logits)
+        logits = logits[:, : width - self.shift]
         _bar_mask_token(sequences, logits, constants, slots)
 
         def keys() -> NoiseKeys:
-            positions = view.lengths[:, None] + torch.arange(width, device=self.device)
+            positions = view.lengths[:, None] + torch.arange(self.shift, width, device=self.device)
             purpose = at(constants.purpose, slots)
             noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
             return NoiseKeys(at(constants.seeds, slots), positions, purpose, noise_step)
 
         candidate, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
         values = at(constants.policy_value, slots)
-        seen = Pass(logits, candidate, sure, masked, step, steps)
+        seen = Pass(logits, candidate, sure, masked[:, self.shift :], step, steps)
         chosen, memories, errors = commit_rows(sequences, seen, values, catch)
+        if self.shift:  # no output predicts the first input
+            candidate, sure, chosen = (F.pad(part, (self.shift, 0)) for part in (candidate, sure, chosen))
         tokens, masked = torch.where(chosen, candidate, tokens), masked & ~chosen
         committed_at = torch.where(chosen, step, at(self.committed_at, slots)[:, :width])
         confidence = torch.where(chosen, sure, at(self.confidence, slots)[:, :width])
@@ -201,7 +212,7 @@ class PendingDenoise(NamedTuple):
         own = slice(sequence.params.block_size)
         event = StepEvent(
             row=sequence.output.row,
-            start=len(sequence.output.progress.tokens) - (sequence.mode == "verified"),
+            start=len(sequence.output.progress.tokens) - sequence.begins_with_text,
             step=self.steps[place],
             steps=sequence.max_passes,
             tokens=tokens[place, own].tolist(),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from twotower.engine.denoiser_step import StepCallback
 from twotower.engine.drafting import Drafter
-from twotower.engine.towers import Towers
+from twotower.engine.towers import Towers, block_rule
 from twotower.errors import ArgumentError
 
 
@@ -37,8 +37,9 @@ class EngineOptions:
 
 def check_options(model: Towers, options: EngineOptions) -> None:
     """Raises ArgumentError if an engine of this model cannot have these options."""
+    one_pass = block_rule(model).one_pass
     for name in ("step_callback", "drafter"):
-        if model.has_adapters and getattr(options, name) is not None:
+        if one_pass and getattr(options, name) is not None:
             raise ArgumentError(
                 f"{name}: this model's denoiser is adapters, and one pass checks a draft and makes the next; leave out "
                 f"{name}, or use a model with a denoiser tower",

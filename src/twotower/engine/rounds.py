@@ -2,6 +2,7 @@
 
 ar         STEP → STEP → …
 diffusion  DENOISE (its passes) → COMMIT → DENOISE → …
+           or, if a block begins with the text's last token, DENOISE → CHECK → DENOISE → …
 verified   DENOISE or DRAFT → CHECK → DENOISE → …, or STEP if the draft depth is 0
 mock_ar    DENOISER_AR → COMMIT → DENOISER_AR → …
 
@@ -105,7 +106,9 @@ class Rounds:
             case "mock_ar":
                 sequence.phase = Phase.DENOISER_AR
             case "diffusion":
-                sequence.max_passes = params.steps_per_block
+                sequence.phase = Phase.STEP
+                if sequence.open_predictions:
+                    sequence.max_passes = params.steps_per_block
             case "verified":
                 sequence.phase = Phase.STEP
                 passes = sequence.controller.choose_depth() if draft_passes is None else draft_passes
@@ -131,8 +134,23 @@ class Rounds:
             sequence.phase = Phase.CHECK
             sequence.block = sequence.block[: sequence.draft_length]
             return []
+        if sequence.final_block:
+            return _block_after_text(sequence)
         sequence.phase = Phase.COMMIT
         if sequence.request.logprobs is not None:
             sequence.held_tokens = sequence.block = sequence.block[: sequence.output.room]
             return []
         return [sequence.output.take(sequence.block, sequence.committed_at, sequence.confidence)]
+
+
+def _block_after_text(sequence: RunningSequence) -> list[BlockEvent]:
+    """Hands a finished block, whose first input is text, to the context tower, which chooses the token after it.
+
+    If the denoiser's tokens certainly end the text, this pass is left out, unless log-probabilities need it.
+    """
+    room, ends = sequence.output.room, sequence.output.progress.eos
+    drafted = sequence.block[1:]
+    if sequence.request.logprobs is None and (room <= len(drafted) or not ends.isdisjoint(drafted)):
+        return [sequence.output.take(drafted, sequence.committed_at[1:], sequence.confidence[1:])]
+    sequence.phase, sequence.block = Phase.CHECK, sequence.block[: room + 1]
+    return []

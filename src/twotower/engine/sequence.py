@@ -10,6 +10,7 @@ from enum import Enum
 
 from torch import Tensor
 
+from twotower.decoding.block_rule import RELEASED, BlockRule
 from twotower.decoding.draft_controller import DraftController
 from twotower.decoding.output import BlockEvent, StepEvent
 from twotower.decoding.params import GenerationParams
@@ -98,8 +99,8 @@ class RunningSequence:
     room: new tokens that may still follow in this round. max_passes: denoising passes of this round (0: none).
     passes_launched: those launched for the open block. blocks_opened: blocks so far.
     visible_length: text tokens in the denoiser's view (−1: no view of this text yet).
-    one_pass: the model has adapters, so that each pass checks the last draft and makes the next one. draft: that next
-    draft, after the pending token. masks: mask tokens of the pass; drafting: whether a pass may have masks.
+    block_rule: of the model. draft: with `one_pass`, the next draft, after the pending token. masks: mask tokens of the
+    pass; drafting: whether a pass may have masks.
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
     held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
     log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
@@ -116,7 +117,7 @@ class RunningSequence:
     policy_value: float
     controller: DraftController
     matcher: Matcher | None = None
-    one_pass: bool = False
+    block_rule: BlockRule = RELEASED
     draft: list[int] = field(default_factory=list)
     masks: int = 0
     drafting: bool = False
@@ -148,20 +149,21 @@ class RunningSequence:
         self.mode = self.output.mode
         self.rule = SamplingRule(self.params.temperature, self.params.top_k, self.params.top_p)
         self.text = [*self.request.prompt, *self.written] if self.written else self.request.prompt
-        # Tokens to read before the first round: all in diffusion with a denoiser tower, else all but the pending token.
-        pending = self.mode != "diffusion" or self.one_pass or not self.params.max_new_tokens
-        self.prompt_end = len(self.text) - pending
-        # In diffusion with adapters, drafted tokens are final.
-        self.acceptance = 0.0 if self.one_pass and self.mode == "diffusion" else self.params.acceptance
+        # Whether a block begins with the pending token. If not, the state holds the whole text when a block opens.
+        self.begins_with_text = self.block_rule.begins_with_text(self.mode)
+        pending = self.mode != "diffusion" or self.begins_with_text or not self.params.max_new_tokens
+        self.prompt_end = len(self.text) - pending  # tokens to read before the first round
+        # In diffusion the context tower accepts every token of the denoiser.
+        self.acceptance = 0.0 if self.mode == "diffusion" and self.begins_with_text else self.params.acceptance
 
     @classmethod
     def of(
-        cls, request: Request, output: SequenceOutput, slot: int, controller: DraftController, one_pass: bool = False
+        cls, request: Request, output: SequenceOutput, slot: int, controller: DraftController, block_rule: BlockRule
     ) -> RunningSequence:
-        """The sequence of a request. one_pass: see the class."""
+        """The sequence of a request. block_rule: see the class."""
         (policy,), (policy_value,) = request.params.row_policies(1)
         (seed,) = request.params.row_seeds(1)
-        return cls(request, output, slot, seed, policy, policy_value, controller, _matcher(request), one_pass)
+        return cls(request, output, slot, seed, policy, policy_value, controller, _matcher(request), block_rule)
 
     def restarted(self) -> RunningSequence:
         """The sequence from its first token, which keeps the new tokens that events have delivered."""
@@ -172,8 +174,29 @@ class RunningSequence:
             matcher.take(tokens)
         facts = self.request, self.output, self.slot, self.seed, self.policy, self.policy_value, self.controller
         return RunningSequence(
-            *facts, matcher, self.one_pass, written=tuple(tokens), strikes=self.strikes, trial_end=self.trial_end
+            *facts, matcher, self.block_rule, written=tuple(tokens), strikes=self.strikes, trial_end=self.trial_end
         )
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether each pass checks the last draft and makes the next one."""
+        return self.block_rule.one_pass
+
+    @property
+    def open_predictions(self) -> int:
+        """Positions that the denoiser fills in the next block; 0: the context tower chooses the next token instead."""
+        chooses_first = self.block_rule.first_from_ar and self.mode == "diffusion" and not self.output.progress.tokens
+        return 0 if chooses_first else self.block_rule.predictions(self.params.block_size, self.mode)
+
+    @property
+    def final_block(self) -> bool:
+        """Whether a check accepts the whole block, and adds the AR model's next token: diffusion after the text."""
+        return self.mode == "diffusion" and self.begins_with_text and not self.one_pass
+
+    @property
+    def keeps_draft(self) -> bool:
+        """Whether a check keeps the drafted tokens whatever the AR model says, and their confidences do not matter."""
+        return self.final_drafts or self.final_block
 
     @property
     def final_drafts(self) -> bool:

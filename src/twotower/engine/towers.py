@@ -12,6 +12,7 @@ from twotower.cache.pools import ContextView
 from twotower.cache.replica import ContextReader
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.config import TwoTowerConfig
+from twotower.decoding.block_rule import RELEASED, BlockRule
 from twotower.engine.workspace import Workspace
 from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ class Towers(Protocol):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the denoiser is the context tower with adapters, so that a pass checks a draft and makes one."""
+        """Whether the denoiser is the context tower with adapters."""
 
     @property
     def prefill_chunk(self) -> int:
@@ -91,4 +92,10 @@ class Towers(Protocol):
         causal: bool = False,
         lengths: Tensor | None = None,
         upcast_logits: bool = True,
+        prefix: Tensor | None = None,
     ) -> Tensor: ...
+
+
+def block_rule(model: Towers) -> BlockRule:
+    """The rule of the model's blocks."""
+    return BlockRule.of(model.config.denoiser) if model.has_denoiser else RELEASED

@@ -108,11 +108,21 @@ def continuation_bound(
     _check(pairs)
     if model.has_adapters:
         raise ArgumentError('likelihood "bound" needs a denoiser tower, and this model has adapters; use "ar"')
+    choices = model.config.denoiser
+    if choices.prediction_shift or choices.first_from_ar:
+        raise ArgumentError(
+            'likelihood "bound" needs a denoiser that predicts every token of a block, and here the context tower '
+            'chooses one of them; use "ar"'
+        )
     if model.denoiser is None or model.time is None:
         raise ArgumentError('likelihood "bound" needs the denoiser; load the model with towers="both"')
     if model.denoiser.device != model.device:
         raise ArgumentError('likelihood "bound" needs both towers on one device; load the model on one device')
-    options = DenoisingOptions(mask_token_id=model.config.mask_token, train_context=model.context is model.denoiser)
+    options = DenoisingOptions(
+        mask_token_id=model.config.mask_token,
+        train_context=model.context is model.denoiser,
+        prefix_causal=choices.block_attention == "prefix_causal",
+    )
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
     try:

@@ -57,6 +57,12 @@ class MaskEmbedding(nn.Module):
         return torch.where((positions & (tokens == self.token))[..., None], self.weight.to(x.dtype), x)
 
 
+def train_adapters_only(tower: nn.Module) -> None:
+    """Sets which parameters of a tower with adapters require gradients: the adapters and the mask's embedding."""
+    for name, parameter in tower.named_parameters():
+        parameter.requires_grad_(".adapter." in name or name.startswith("mask_embedding."))
+
+
 @contextmanager
 def adapting(positions: Tensor | None) -> Iterator[None]:
     """Adapters act at these positions (B, L) of the layers that run in this context; None: nowhere."""

@@ -48,7 +48,7 @@ class TwoTowerModel(nn.Module):
     """A frozen autoregressive context tower and a denoiser tower, which reads the caches of the same context layers.
 
     `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory. With
-    `config.denoiser.adapters`, the denoiser is the context tower with adapters at masks, and there is no second tower.
+    `config.denoiser.adapters`, the denoiser is the context tower with adapters, and there is no second tower.
     """
 
     config: TwoTowerConfig
@@ -230,28 +230,41 @@ class TwoTowerModel(nn.Module):
         causal: bool = False,
         lengths: Tensor | None = None,
         upcast_logits: bool = True,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """One denoising pass over block (B, L) → logits (B, L, V). It writes nothing.
 
         t: (B,), the masked fraction of each block; None: no time conditioning. view: the context before the block.
         causal: whether attention in the block is causal (mode mock_ar). lengths: (B,), tokens of each row without
-        padding; None: L. upcast_logits: False: logits in the model's dtype; True: in at least fp32. With adapters,
-        t has no effect, and the logits at a position are those of the token after it.
+        padding; None: L. upcast_logits: False: logits in the model's dtype; True: in at least fp32. prefix: (B,), with
+        prefix-causal attention, the positions before the first mask; None: those before the model's mask token. With
+        adapters, t has no effect. With a prediction shift of 1 the logits at a position are those of the token after
+        it.
         """
-        if self.has_adapters:
-            prefix = torch.full_like(view.lengths, block.shape[1]) if causal else _first_mask(block, self.config)
-            meta = AttentionMetadata(
-                token_mask=_token_mask(block, lengths), prefix=prefix, start=view.lengths, long=view.long
-            )
-            return self.context.logits(self.context(block, meta, view.past, None, False)[0], upcast_logits)
         denoiser = self._denoiser()
         meta = AttentionMetadata(
-            token_mask=_token_mask(block, lengths), causal=causal, start=view.lengths, long=view.long
+            token_mask=_token_mask(block, lengths),
+            causal=causal,
+            prefix=self._prefix(block, causal, view, prefix),
+            start=view.lengths,
+            long=view.long,
         )
         modulation = None if t is None or self.time is None else self.time(t)
         past = caches_of(view.past, denoiser.spec.counterparts)
         hidden, _ = denoiser(block, meta, past, modulation, keep_step_inputs=False)
         return denoiser.logits(hidden, upcast_logits)
+
+    def _prefix(self, block: Tensor, causal: bool, view: ContextView, given: Tensor | None) -> Tensor | None:
+        """(B,), how many positions of a block (B, L) attend causally and have no adapters; None: as `causal` says."""
+        choices = self.config.denoiser
+        if choices.adapters is not None and choices.adapters.gate == "everywhere":
+            assert not causal or block.shape[1] == 1, "adapters everywhere act in blocks, and mock-AR's have one token"
+            return torch.zeros_like(view.lengths)
+        if choices.block_attention == "full":
+            return None
+        if causal:
+            return torch.full_like(view.lengths, block.shape[1])
+        return first_masks(block, self.config.mask_token, choices.prediction_shift) if given is None else given
 
     def _extend(
         self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None, prefix: Tensor | None
@@ -282,6 +295,8 @@ class TwoTowerModel(nn.Module):
         return hidden
 
     def _denoiser(self) -> Tower:
+        if self.has_adapters:
+            return self.context
         if self.denoiser is None:
             raise TwoTowerError(
                 'the model was loaded with towers="context" and has no denoiser; load it with towers="both"'
@@ -294,6 +309,8 @@ def _token_mask(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
-def _first_mask(block: Tensor, config: TwoTowerConfig) -> Tensor:
-    """(B,), the tokens of each row of a block (B, L) before its first mask."""
-    return (block != config.mask_token).long().cumprod(1).sum(1)
+def first_masks(block: Tensor, mask_token: int, known: int = 0) -> Tensor:
+    """(B,), the tokens of each row of a block (B, L) before its first mask. The first `known` tokens are no masks."""
+    visible = block != mask_token
+    visible[:, :known] = True
+    return visible.long().cumprod(1).sum(1)

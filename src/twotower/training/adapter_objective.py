@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from twotower.model.adapters import train_adapters_only
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
 from twotower.training.alignment import misalignment
 from twotower.training.columns import (
     TrainedColumns,
+    before_masks,
     blocks_with_masks,
     position_weights,
     trained_columns,
@@ -47,9 +49,7 @@ class AdapterObjective(nn.Module):
     def __init__(self, tower: Tower, options: AdapterOptions) -> None:
         super().__init__()
         assert tower.mask_embedding is not None
-        tower.requires_grad_(False)
-        for name, parameter in tower.named_parameters():
-            parameter.requires_grad_(".adapter." in name or name.startswith("mask_embedding."))
+        train_adapters_only(tower)
         self.embeddings, self.norm_f, self.head = tower.embeddings, tower.norm_f, tower.head
         self.mask_embedding = tower.mask_embedding
         layers = list(tower.all_layers())
@@ -97,8 +97,7 @@ class AdapterObjective(nn.Module):
         alignment the mean 1 − cosine (n,) of all layers."""
         masks = noise.stacked
         chosen = blocks_with_masks(masks, block_size)
-        prefix = (~masks.masked.unflatten(1, (-1, block_size)).flatten(0, 1)[chosen]).long().cumprod(1).sum(1)
-        layout = Layout(batch.document, block_size, chosen, prefix, noise.copies)
+        layout = Layout(batch.document, block_size, chosen, before_masks(masks, chosen, block_size), noise.copies)
         tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
         with torch.no_grad():
             clean = self.tower.embed(batch.tokens)

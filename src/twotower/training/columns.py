@@ -31,7 +31,9 @@ class TrainedColumns:
 def trained_columns(batch: Batch, wanted: Tensor, shift: int) -> TrainedColumns:
     """wanted: (copies·B, S) from `wanted_columns`, on any device."""
     at = wanted.flatten().nonzero()[:, 0]
-    token_at = at % batch.tokens.numel() + shift
+    token_at = at % batch.tokens.numel()
+    if shift:  # the last EOS of a document predicts itself
+        token_at = token_at + followed(batch).flatten()[token_at]
     clean_at = (token_at - 1).clamp(min=0)
     predicted = F.pad(next_tokens(batch), (1, 0)).flatten()[token_at]
     return TrainedColumns(at, batch.tokens.flatten()[token_at], clean_at, predicted)
@@ -40,16 +42,30 @@ def trained_columns(batch: Batch, wanted: Tensor, shift: int) -> TrainedColumns:
 def wanted_columns(batch: Batch, noise: Corruption, block_size: int, shift: int = 0, gated: bool = False) -> Tensor:
     """(copies·B, S), the trained columns: those that predict an open token of their document.
 
-    gated: only from the first mask of a block on, where adapters act.
+    Past the end of a document that ends with repeated EOS, the token is EOS again. gated: only from the first mask of a
+    block on, where adapters act, and only tokens that the document has.
     """
     masked = noise.stacked.masked
     wanted = open_predictions(masked, block_size, shift)
     if gated:
         wanted = wanted & (masked.unflatten(1, (-1, block_size)).cumsum(-1) > 0).flatten(1)
     if shift:
-        same = F.pad(batch.document[:, 1:] == batch.document[:, :-1], (0, 1))
-        wanted = wanted & same.repeat(noise.copies, 1)
+        known = followed(batch)
+        if not gated:
+            known = known | (~batch.text & (batch.document >= 0))
+        wanted = wanted & known.repeat(noise.copies, 1)
     return wanted
+
+
+def followed(batch: Batch) -> Tensor:
+    """(B, S), whether the next column is one of the same document."""
+    return F.pad(batch.document[:, 1:] == batch.document[:, :-1], (0, 1))
+
+
+def inside_blocks(wanted: Tensor, block_size: int, shift: int) -> Tensor:
+    """The trained columns (B, S) that predict a position of their own block, as in generation."""
+    inside = torch.arange(wanted.shape[1], device=wanted.device) % block_size < block_size - shift
+    return wanted & inside
 
 
 def position_weights(wanted: Tensor, block_size: int, decay: float) -> Tensor:
@@ -66,6 +82,12 @@ def position_weights(wanted: Tensor, block_size: int, decay: float) -> Tensor:
 def blocks_with_masks(noise: Corruption, block_size: int) -> Tensor:
     """(N,) numbers of the blocks with a masked position, counted through all rows."""
     return torch.unflatten(noise.masked, 1, (-1, block_size)).any(-1).flatten().nonzero()[:, 0]
+
+
+def before_masks(masks: Corruption, chosen: Tensor, block_size: int) -> Tensor:
+    """(N,), the positions of each chosen block before its first mask."""
+    found: Tensor = (~masks.masked.unflatten(1, (-1, block_size)).flatten(0, 1)[chosen]).long().cumprod(1).sum(1)
+    return found
 
 
 def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:

@@ -12,13 +12,16 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from twotower.model.adapters import train_adapters_only
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
 from twotower.training.alignment import misalignment
 from twotower.training.columns import (
     TrainedColumns,
+    before_masks,
     blocks_with_masks,
+    inside_blocks,
     next_tokens,
     position_weights,
     trained_columns,
@@ -98,7 +101,7 @@ class DenoisingOptions:
     bound on −ln p instead of the mean over masked positions. train_context: the context tower is trained too, through
     its keys, values and Mamba states. ar_weight: with train_context, weight of the context tower's next-token loss.
     activation_checkpointing: keep only the two residual streams of each layer. time: the denoiser is conditioned on t.
-    shift: column c of a block predicts token c + shift.
+    shift: column c of a block predicts token c + shift. prefix_causal: see `DenoiserConfig.block_attention`.
     """
 
     mask_token_id: int
@@ -110,6 +113,7 @@ class DenoisingOptions:
     activation_checkpointing: bool = False
     time: bool = True
     shift: int = 0
+    prefix_causal: bool = False
     recipe: Recipe = AS_RELEASED
 
     def __post_init__(self) -> None:
@@ -121,17 +125,27 @@ class DenoisingObjective(nn.Module):
     """Cross-entropy of the true tokens at masked positions, over all blocks at once; or another recipe's loss.
 
     The context tower reads the clean rows, without its head and, if frozen, without gradients. context and denoiser
-    may be the same tower; then train_context must be set. Sets which parameters require gradients.
+    may be the same tower; then train_context must be set, or the tower has adapters, which act at every position of a
+    block and are trained alone. Sets which parameters require gradients.
     """
 
-    def __init__(self, context: Tower, denoiser: Tower, time: TimeConditioning, options: DenoisingOptions) -> None:
+    def __init__(
+        self, context: Tower, denoiser: Tower, time: TimeConditioning | None, options: DenoisingOptions
+    ) -> None:
         super().__init__()
-        assert options.train_context or (context is not denoiser and not options.ar_weight)
-        context.requires_grad_(options.train_context)
-        for part in (context.norm_f, context.head):  # only the next-token loss and validation use them
-            part.requires_grad_(options.ar_weight > 0)  # a tied head has no weight of its own
-        denoiser.requires_grad_(True)
-        time.requires_grad_(options.time)
+        self.mask_embedding = denoiser.mask_embedding
+        if self.mask_embedding is not None:
+            assert context is denoiser
+            assert not options.train_context
+            train_adapters_only(denoiser)
+        else:
+            assert options.train_context or (context is not denoiser and not options.ar_weight)
+            context.requires_grad_(options.train_context)
+            for part in (context.norm_f, context.head):  # only the next-token loss and validation use them
+                part.requires_grad_(options.ar_weight > 0)  # a tied head has no weight of its own
+            denoiser.requires_grad_(True)
+        if time is not None:
+            time.requires_grad_(options.time)
         self.context_embeddings, self.context_norm_f, self.context_head = (
             context.embeddings,
             context.norm_f,
@@ -165,8 +179,9 @@ class DenoisingObjective(nn.Module):
     def targets(self, batch: Batch, noise: Corruption | None) -> float:
         assert noise is not None
         if self.options.elbo:
-            return int(batch.denoised.sum())
-        block_size = batch.tokens.shape[1] // noise.t.shape[1]
+            positions = torch.arange(batch.tokens.shape[1], device=batch.denoised.device)
+            return int((batch.denoised & (positions % self._block_size(noise) >= self.options.shift)).sum())
+        block_size = self._block_size(noise)
         return float(self._weights(self._wanted(batch, noise, block_size), block_size).sum())
 
     def ar_targets(self, batch: Batch) -> int:
@@ -222,12 +237,12 @@ class DenoisingObjective(nn.Module):
         """→ the results of `hidden`; and with alignment the mean 1 − cosine (n,) of all layers, at these columns."""
         masks = noise.stacked
         chosen = blocks_with_masks(masks, block_size)
-        layout = Layout(batch.document, block_size, chosen, copies=noise.copies)
+        layout = Layout(batch.document, block_size, chosen, self._prefix(masks, chosen, block_size), noise.copies)
         change = self._modulations(masks, layout)
         with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
             clean = self.context.embed(batch.tokens)
         tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
-        noisy = self.denoiser.embed(layout.to_blocks(tokens))
+        noisy = self.denoiser.embed(layout.to_blocks(tokens), layout.adapted)
         apart = []
         for unit in self.units:
             assert isinstance(unit, LayerPair)
@@ -252,13 +267,24 @@ class DenoisingObjective(nn.Module):
         return negative_log_likelihood(self.context, hidden, batch.tokens[:, 1:][wanted]).sum()
 
     def _wanted(self, batch: Batch, noise: Corruption, block_size: int) -> Tensor:
-        return wanted_columns(batch, noise, block_size, self.options.shift)
+        wanted = wanted_columns(batch, noise, block_size, self.options.shift)
+        return inside_blocks(wanted, block_size, self.options.shift) if self.options.elbo else wanted
+
+    def _prefix(self, masks: Corruption, chosen: Tensor, block_size: int) -> Tensor | None:
+        """(N,), how many positions of each chosen block attend causally and have no adapters; None: as in a tower."""
+        if self.mask_embedding is not None:
+            return torch.zeros_like(chosen)
+        return before_masks(masks, chosen, block_size) if self.options.prefix_causal else None
+
+    @staticmethod
+    def _block_size(noise: Corruption) -> int:
+        return noise.masked.shape[1] // noise.t.shape[1]
 
     def _weights(self, wanted: Tensor, block_size: int) -> Tensor:
         return position_weights(wanted, block_size, self.options.recipe.position_decay)
 
     def _modulations(self, masks: Corruption, layout: Layout) -> Sequence[Modulation | None]:
-        if not self.options.time:
+        if self.time is None or not self.options.time:
             return [None] * self.denoiser.spec.num_layers
         changes: Sequence[Modulation | None] = self.time(layout.select_blocks(masks.t.flatten()))
         return changes

@@ -20,6 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from twotower.decoding.block_rule import noise_level
 from twotower.errors import ArgumentError
 from twotower.training.data.batch import Batch
 from twotower.training.noise import LOWEST_NOISE, Corruption, NoiseScope, corrupt, generator_of
@@ -90,7 +91,7 @@ def draw_masks(
     trained = batch.denoised.unflatten(1, (-1, block_size)) & ~visible_first
     masked = torch.stack([masks[name] for name in PATTERNS]).gather(0, kind[None, ..., None].expand(1, *drawn.shape))[0]
     masked &= trained
-    open_share = masked.sum(-1) / max(block_size - shift, 1)
+    open_share = noise_level(masked.sum(-1), torch.tensor(max(block_size, shift + 1)), shift)
     t = torch.stack([levels.t, clipped, open_share, open_share, level]).gather(0, kind[None])[0]
     pair = None
     if patterns.share("complementary"):

@@ -14,7 +14,7 @@ from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.stored_quantization import refuse_quantized
 from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig, read_object
-from twotower.denoiser_fields import DenoiserConfig
+from twotower.decoding.block_rule import BlockRule
 from twotower.errors import ArgumentError, ConfigError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import has_fast_bf16_matmul
@@ -132,8 +132,8 @@ def train_denoiser(
     config = TwoTowerConfig.read(source)
     refuse_quantized(config, source, "training")
     if config.denoiser.adapters is not None:
-        _check_adapters(settings, source)
-    elif settings.tie and config.denoiser != DenoiserConfig():
+        _check_adapters(settings, source, BlockRule.of(config.denoiser).one_pass)
+    elif settings.tie and (config.denoiser.denoiser_layers or config.denoiser.denoiser_feed_forward):
         raise ArgumentError(f"{source}: its denoiser has other layers than the context tower; leave out --tie")
     with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
@@ -152,8 +152,8 @@ def _train_denoiser(
     if tokenizer is None:
         raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")
     encoder = encoder_for(tokenizer, config, defaults)
-    adapters = config.denoiser.adapters is not None
-    recipe, shift = settings.choices.resolve(gated=adapters), int(adapters)
+    rule = BlockRule.of(config.denoiser)
+    recipe, shift = settings.choices.resolve(gated=rule.one_pass), rule.shift
     sources, held_out = open_sources(settings)
     encoder.place_blocks(shift)
     batches = open_held_out(settings, held_out, encoder, world)
@@ -161,7 +161,7 @@ def _train_denoiser(
     loader = open_loader(settings, sources, encoder, settings.offset, world)
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
-    objective = (_adapter_objective if adapters else _denoising_objective)(model, settings, recipe)
+    objective = (_adapter_objective if rule.one_pass else _denoising_objective)(model, settings, recipe)
     _set_determinism(settings)
     dtype = compute_dtype(settings.dtype, world.device)
     shard(objective, objective.units, world, dtype)
@@ -190,10 +190,10 @@ def _train_denoiser(
 
 
 def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings, recipe: Recipe) -> DenoisingObjective:
-    assert model.denoiser is not None
-    assert model.time is not None
     if settings.tie:
         model.denoiser = model.context
+    denoiser = model.context if model.has_adapters else model.denoiser
+    assert denoiser is not None
     options = DenoisingOptions(
         mask_token_id=model.config.mask_token,
         scope=settings.noise,
@@ -202,9 +202,12 @@ def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings,
         train_context=settings.train_context or settings.tie,
         ar_weight=settings.ar_weight,
         activation_checkpointing=settings.activation_checkpointing,
+        time=model.time is not None,
+        shift=model.config.denoiser.prediction_shift,
+        prefix_causal=model.config.denoiser.block_attention == "prefix_causal",
         recipe=recipe,
     )
-    return DenoisingObjective(model.context, model.denoiser, model.time, options)
+    return DenoisingObjective(model.context, denoiser, model.time, options)
 
 
 def _adapter_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings, recipe: Recipe) -> AdapterObjective:
@@ -217,9 +220,9 @@ def _adapter_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings, r
     return AdapterObjective(model.context, options)
 
 
-def _check_adapters(settings: DenoiserSettings, source: Path) -> None:
+def _check_adapters(settings: DenoiserSettings, source: Path, gated: bool) -> None:
     """Raises ArgumentError if adapters, whose context tower stays as it is, cannot be trained with these settings."""
-    for name in ("tie", "train_context", "elbo"):
+    for name in ("tie", "train_context", "elbo") if gated else ("tie", "train_context"):
         if getattr(settings, name):
             raise ArgumentError(
                 f"{source}: its denoiser is adapters on the context tower, which is not trained; leave out "

@@ -107,7 +107,7 @@ def measure_profile(
     measured: dict[tuple[LayerSpec, LayerSpec | None, bool], UnitUse] = {}
     with FusedAttention(), LiveBytes() as live:
         own = None
-        if isinstance(objective, DenoisingObjective):
+        if isinstance(objective, DenoisingObjective) and objective.time is not None:
             own = objective.time(torch.empty(blocks, device="meta"))[0]
         _ = layout.chosen_token_mask, layout.block_document, layout.starts_document, layout.causal_queries
         for module in tower_of(objective).modules():

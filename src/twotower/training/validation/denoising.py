@@ -15,7 +15,7 @@ from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, read_layer
 from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.training.columns import next_tokens
+from twotower.training.columns import TrainedColumns, inside_blocks, next_tokens, trained_columns, wanted_columns
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.layer_pair import LayerPair
@@ -118,8 +118,9 @@ class DenoisingValidation:
             uniform = _uniform(batch, self.seed)
             on_device = batch.to(self.world.device)
             for i, level in enumerate(LEVELS):
-                noise = _at_level(level, batch, uniform, self.block_size).to(self.world.device)
-                score = partial(self._score_pass, number, on_device, noise.masked)
+                noise = _at_level(level, batch, uniform, self.block_size, self.objective.options.shift)
+                noise = noise.to(self.world.device)
+                score = partial(self._score_pass, number, on_device, self._columns(on_device, noise))
                 found[i] += self.objective.with_hidden(on_device, noise, self.block_size, score).cpu()
         totals = [[self.world.total(value) for value in row] for row in found]
         if context_unknown:
@@ -135,11 +136,17 @@ class DenoisingValidation:
             "agreement": agreed / max(compared, 1.0),
         }
 
-    def _score_pass(self, number: int, batch: Batch, masked: Tensor, hidden: Tensor, clean: Tensor) -> Tensor:
+    def _columns(self, batch: Batch, noise: Corruption) -> TrainedColumns:
+        """The columns that predict masked positions of their block."""
+        shift = self.objective.options.shift
+        wanted = wanted_columns(batch, noise, self.block_size, shift)
+        return trained_columns(batch, inside_blocks(wanted, self.block_size, shift), shift)
+
+    def _score_pass(self, number: int, batch: Batch, columns: TrainedColumns, hidden: Tensor, clean: Tensor) -> Tensor:
         """Scores one pass over batch `number`, while the heads are unsharded."""
         if len(self._greedy) == number:
             self._greedy.append(self._context_choices(batch, clean))
-        return self._compare(batch, masked, hidden, self._greedy[number])
+        return self._compare(columns, hidden, self._greedy[number])
 
     def _context_choices(self, batch: Batch, clean: Tensor) -> Tensor:
         """The context tower's residual stream (B, S, H) → its greedy tokens (B, S), −1 at positions without one.
@@ -161,12 +168,12 @@ class DenoisingValidation:
         greedy[:, 1:][asked] = choice
         return greedy
 
-    def _compare(self, batch: Batch, masked: Tensor, hidden: Tensor, greedy: Tensor) -> Tensor:
+    def _compare(self, columns: TrainedColumns, hidden: Tensor, greedy: Tensor) -> Tensor:
         """(4,): sum of −ln p over masked positions, their number, agreements with greedy (B, S), comparisons."""
         mask_token = self.objective.options.mask_token_id
-        nll, choice = _score(self.objective.denoiser, hidden[masked], batch.tokens[masked], mask_token)
-        wanted = greedy[masked]
-        counts = (masked.sum(), (choice == wanted).sum(), (wanted >= 0).sum())
+        nll, choice = _score(self.objective.denoiser, hidden.flatten(0, 1)[columns.at], columns.token, mask_token)
+        wanted = greedy.flatten()[columns.at + self.objective.options.shift]
+        counts = (torch.ones_like(choice).sum(), (choice == wanted).sum(), (wanted >= 0).sum())
         return torch.stack([nll.double().sum(), *(count.double() for count in counts)])
 
 
@@ -176,9 +183,10 @@ def _uniform(batch: Batch, seed: int) -> Tensor:
     return torch.stack([torch.rand(batch.tokens.shape[1], generator=generator) for generator in generators])
 
 
-def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int) -> Corruption:
+def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int, shift: int) -> Corruption:
     t = torch.full((len(batch), batch.tokens.shape[1] // block_size), level)
-    return Corruption(t, batch.denoised & (uniform < level))
+    open_ = torch.arange(batch.tokens.shape[1]) % block_size >= shift
+    return Corruption(t, batch.denoised & open_ & (uniform < level))
 
 
 def _score(tower: Tower, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:

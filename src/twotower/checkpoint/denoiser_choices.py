@@ -1,0 +1,92 @@
+"""What `twotower init` is asked to choose of a new denoiser, and what follows where it is not asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from twotower.checkpoint.peft_adapters import AdapterFolder
+from twotower.denoiser_fields import AdapterConfig, AdapterGate, BlockAttention, DenoiserConfig
+from twotower.errors import ArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserChoices:
+    """Fields of `DenoiserConfig` that a new denoiser gets. None: what suits the other choices.
+
+    Without adapters these are the released ones. Adapters act at masks, with shift 1 and prefix-causal attention.
+    """
+
+    prediction_shift: int | None = None
+    block_attention: BlockAttention | None = None
+    adapter_gate: AdapterGate | None = None
+    first_from_ar: bool = False
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, object]) -> DenoiserChoices:
+        """The values of the options of `twotower init`, which has checked them."""
+        shift = options["prediction_shift"]
+        return cls(
+            prediction_shift=None if shift is None else int(str(shift)),
+            block_attention=cast(BlockAttention | None, options["block_attention"]),
+            adapter_gate=cast(AdapterGate | None, options["adapter_gate"]),
+            first_from_ar=bool(options["first_from_ar"]),
+        )
+
+    @property
+    def given(self) -> list[str]:
+        """The options that are not left out."""
+        names = ("prediction_shift", "block_attention", "adapter_gate", "first_from_ar")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, False)]
+
+    def config(self, rank: int | None) -> DenoiserConfig:
+        """The denoiser with new adapters of a rank, or a second tower.
+
+        Raises:
+            ArgumentError: a gate without adapters.
+            ConfigError: the choices exclude each other.
+        """
+        if rank is None and self.adapter_gate is not None:
+            raise ArgumentError(
+                f"adapter_gate is {self.adapter_gate!r}, and the denoiser is a second tower; give the rank of adapters "
+                "with --denoiser-lora, or leave out --adapter-gate",
+                param="adapter_gate",
+            )
+        adapters = None if rank is None else AdapterConfig(rank, self.adapter_gate or "masks")
+        gated = adapters is not None and adapters.gate == "masks"
+        usual: tuple[int, BlockAttention] = (1, "prefix_causal") if gated else (0, "full")
+        return DenoiserConfig(
+            prediction_shift=usual[0] if self.prediction_shift is None else self.prediction_shift,
+            block_attention=self.block_attention or usual[1],
+            first_from_ar=self.first_from_ar,
+            adapters=adapters,
+        )
+
+
+NO_CHOICES = DenoiserChoices()
+
+
+def given_adapters(
+    adapters: str | Path | None, mask_token: int | str | None, denoiser_lora: int | None, choices: Sequence[str]
+) -> AdapterFolder | None:
+    """The adapters that `twotower init` gets, if any.
+
+    Raises:
+        CheckpointError, ConfigError: see `AdapterFolder.read`.
+        ArgumentError: another mask token, a rank or other choices are given too.
+    """
+    if adapters is None:
+        return None
+    if denoiser_lora is not None:
+        choices = ["--denoiser-lora", *choices]
+    if choices:
+        raise ArgumentError(f"--adapters and {choices[0]} exclude each other: the given adapters bring their own")
+    stored = AdapterFolder.read(adapters)
+    if mask_token is not None and str(mask_token) != str(stored.mask_token_id):
+        raise ArgumentError(
+            f"--mask-token is {mask_token!r}, and the mask token of {adapters} has id {stored.mask_token_id}; leave "
+            "out --mask-token"
+        )
+    return stored
