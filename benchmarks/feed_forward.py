@@ -14,6 +14,7 @@ The most used experts are measured too. Figures are ‖new − old‖ / ‖old�
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.denoiser_shape import FeedForward
 from twotower.evaluation import dense_units
-from twotower.evaluation.feed_forward import MEASURED, made_feed_forward, relative_error
+from twotower.evaluation.feed_forward import made_feed_forward, relative_error, split_inputs
 from twotower.evaluation.text_batches import BLOCK_SIZE, text_batches
 from twotower.families.denoiser import denoiser_spec
 from twotower.model.conditioning import modulated_norm
@@ -37,13 +38,7 @@ from twotower.specs import MLPSpec
 from twotower.training.run_tokenizer import encoder_for
 
 
-def split(inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs that are fitted, and those that measure the error."""
-    apart = [x for i, x in enumerate(inputs) if i % MEASURED == MEASURED - 1]
-    return [x for i, x in enumerate(inputs) if i % MEASURED != MEASURED - 1], apart
-
-
-def random_units(moe: MoE, spec: MLPSpec, inputs: list[Tensor]) -> MLP:
+def random_units(moe: MoE, spec: MLPSpec, inputs: Sequence[Tensor]) -> MLP:
     shared = 0 if moe.spec.shared is None else moe.spec.shared.width
     every = shared + moe.spec.experts * moe.spec.expert.width
     chosen = torch.randperm(every - shared, generator=torch.Generator().manual_seed(0))[: spec.width - shared] + shared
@@ -67,9 +62,11 @@ def average(moe: MoE) -> MLP:
     return dense_units.mlp_of(whole, replace(moe.spec.expert, width=whole.up.shape[0], bias=False))
 
 
-def errors_of_layer(moe: MoE, inputs: list[Tensor], sizes: tuple[int, ...], experts: tuple[int, ...]) -> dict[str, Any]:
+def errors_of_layer(
+    moe: MoE, inputs: Sequence[Tensor], sizes: tuple[int, ...], experts: tuple[int, ...]
+) -> dict[str, Any]:
     """The error of each rule, by size."""
-    fitted, apart = split(inputs)
+    fitted, apart = split_inputs(inputs)
     found: dict[str, Any] = {}
     for width in sizes:
         spec = replace(moe.spec.expert, width=width, bias=False)

@@ -103,8 +103,7 @@ def made_feed_forward(
     Every eighth of the inputs is not fitted and measures the error; fewer than eight are fitted and measured all.
     """
     assert isinstance(moe, MoE)
-    apart = [x for i, x in enumerate(inputs) if i % MEASURED == MEASURED - 1]
-    fitted = [x for i, x in enumerate(inputs) if i % MEASURED != MEASURED - 1] if apart else inputs
+    fitted, apart = split_inputs(inputs)
     chosen = None
     made: nn.Module
     if isinstance(spec, MoESpec):
@@ -113,7 +112,14 @@ def made_feed_forward(
     else:
         assert isinstance(spec, MLPSpec)
         made = dense_mlp(moe, spec, fitted)
-    return made, chosen, relative_error(moe, made, apart or inputs)
+    return made, chosen, relative_error(moe, made, apart)
+
+
+def split_inputs(inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The inputs that are fitted, and every eighth, which measures the error; of fewer than eight, all are both."""
+    apart = [x for i, x in enumerate(inputs) if i % MEASURED == MEASURED - 1]
+    fitted = [x for i, x in enumerate(inputs) if i % MEASURED != MEASURED - 1]
+    return (fitted, apart) if apart else (inputs, inputs)
 
 
 def relative_error(moe: nn.Module, made: nn.Module, inputs: Sequence[Tensor]) -> float:
