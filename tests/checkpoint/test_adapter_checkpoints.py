@@ -15,6 +15,7 @@ from tiny_backbones import save, save_tokenizer
 
 from twotower import GenericTwoTowerConfig, TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
+from twotower.denoiser_fields import AdapterConfig, DenoiserConfig
 from twotower.errors import ArgumentError, ConfigError
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
@@ -204,3 +205,63 @@ def test_a_plan_of_adapters(made: tuple[Path, Path], cli: Callable[..., Result])
     assert "fits" in done.out
     assert "adapters of rank 4, context tower frozen; targets of" in done.out
     assert_one_line_error(cli("train", made[1], "--plan", "--tie"), "adapters", "frozen context tower")
+
+
+CHOICES = {
+    "shift": (
+        ("--prediction-shift", "1", "--block-attention", "prefix_causal"),
+        DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
+        ("prediction shift 1: each output", "prefix-causal attention:"),
+    ),
+    "first": (("--first-from-ar",), DenoiserConfig(first_from_ar=True), ("chooses the first token of each block",)),
+    "everywhere": (
+        ("--denoiser-lora", "4", "--adapter-gate", "everywhere", "--prediction-shift", "1"),
+        DenoiserConfig(prediction_shift=1, adapters=AdapterConfig(4, "everywhere")),
+        ("prediction shift 1: each output", "they act at every position of a block"),
+    ),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_init_writes_choices_and_info_shows_them(
+    made: tuple[Path, Path], choice: str, cli: Callable[..., Result]
+) -> None:
+    """They are read again, and other readers refuse the checkpoint by its model_type."""
+    options, expected, words = CHOICES[choice]
+    where = made[0].parent / choice
+    done = cli("init", "--from", made[0], "-o", where, "--mask-token", "3", *options)
+    assert done.code == 0, done.err
+    config = json.loads((where / "config.json").read_text())
+    assert (config["model_type"], config["architectures"], config["format"]) == (
+        "two_tower",
+        ["TwoTowerForCausalLM"],
+        1,
+    )
+    model = TwoTowerForCausalLM.from_pretrained(where, dtype=torch.float64)
+    assert model.config.denoiser == expected
+    page = cli("info", where)
+    assert all(each in page.out for each in words), page.out
+    facts = json.loads(cli("info", where, "--json").out)
+    assert facts["blocks"]["prediction_shift"] == expected.prediction_shift
+    ar = model.generate_ar(PROMPT, max_new_tokens=9)
+    assert torch.equal(model.generate_verified(PROMPT, max_new_tokens=9, draft_steps=1), ar)
+    model.save_pretrained(where.parent / f"{choice}-again")
+    assert TwoTowerForCausalLM.from_pretrained(where.parent / f"{choice}-again").config.denoiser == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--adapter-gate", "everywhere"), "adapter_gate is 'everywhere', and the denoiser is a second tower"),
+        (("--denoiser-lora", "4", "--prediction-shift", "0"), "need prediction_shift 1 and block_attention"),
+        (("--first-from-ar", "--prediction-shift", "1"), "first_from_ar needs prediction_shift 0"),
+    ],
+)
+def test_choices_that_exclude_each_other_are_one_line(
+    made: tuple[Path, Path], options: tuple[str, ...], words: str, cli: Callable[..., Result]
+) -> None:
+    done = cli("init", "--from", made[0], "-o", made[0].parent / "none", "--mask-token", "3", *options)
+    assert done.code == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+    assert not (made[0].parent / "none").exists()
