@@ -17,6 +17,8 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.denoiser_fields import DenoiserConfig
+from twotower.errors import ArgumentError
+from twotower.evaluation.likelihood import continuation_bound
 from twotower.training.data import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective, DenoisingOptions
@@ -136,3 +138,10 @@ def test_no_prediction_depends_on_its_token_or_on_later_text(choice: str) -> Non
             tokens[0, own.start - 1] = 42
         changed = training.hidden(replace(batch, tokens=tokens), noise, 4)[0][0, own]
     assert not torch.allclose(changed, before)
+
+
+@pytest.mark.parametrize("choices", [CHOICES["shift"], DenoiserConfig(first_from_ar=True)], ids=["shift", "first"])
+def test_the_bound_of_given_text_is_refused_where_ar_writes_a_part(choices: DenoiserConfig) -> None:
+    model = two_tower("nemotron_h", torch.float64, denoiser=choices)
+    with pytest.raises(ArgumentError, match="here the context tower chooses one of them"):
+        continuation_bound(model, [([5, 6], [7, 8])])

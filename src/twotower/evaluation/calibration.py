@@ -27,9 +27,10 @@ from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.model.towers import TwoTowerModel
 from twotower.quantization import Scheme
-from twotower.training.columns import blocks_with_masks
+from twotower.training.columns import tower_layout
 from twotower.training.data import Batch
-from twotower.training.noise import Corruption, corrupt
+from twotower.training.noise import Corruption
+from twotower.training.patterns import ONLY_LEVELS, draw_masks
 from twotower.training.run_tokenizer import encoder_for
 
 
@@ -93,14 +94,15 @@ class _Streams:
         for path in ("context.embeddings", "denoiser.embeddings", "time"):
             weights.load(path)
         for batch in batches:
-            noise = corrupt(batch, BLOCK_SIZE, seed, "block").to(weights.device)
-            self._add(batch.to(weights.device), noise)
+            shift = self.model.config.denoiser.prediction_shift
+            noise = draw_masks(batch, BLOCK_SIZE, ONLY_LEVELS, seed=seed, scope="block", shift=shift)
+            self._add(batch.to(weights.device), noise.to(weights.device))
         for path in ("context.embeddings", "denoiser.embeddings"):
             weights.unload(path)
 
     def _add(self, batch: Batch, noise: Corruption) -> None:
         assert self.model.denoiser is not None
-        layout = Layout(batch.document, BLOCK_SIZE, chosen=blocks_with_masks(noise, BLOCK_SIZE))
+        layout = tower_layout(batch, noise, BLOCK_SIZE, self.model.config.denoiser)
         corrupted = batch.tokens.masked_fill(noise.masked, self.model.config.mask_token)
         self.layouts.append(layout)
         self.times.append(layout.select_blocks(noise.t.flatten()))

@@ -17,15 +17,16 @@ from twotower.evaluation.comparison import PairedComparison, compare
 from twotower.evaluation.tasks.problem_sets import Problem
 from twotower.evaluation.text_batches import BLOCK_SIZE, check_towers, row_length, text_batches
 from twotower.model.fp32_tensors import named_tensors
-from twotower.model.packed_forward import Layout, denoise_layer, read_layer
+from twotower.model.packed_forward import denoise_layer, read_layer
 from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.quantization import TowerName
 from twotower.tokenizer import require_tokenizer
-from twotower.training.columns import blocks_with_masks, next_tokens
+from twotower.training.columns import next_tokens, tower_layout, trained_columns, wanted_columns
 from twotower.training.data import Batch
 from twotower.training.logits import in_chunks
-from twotower.training.noise import Corruption, corrupt
+from twotower.training.noise import Corruption
+from twotower.training.patterns import ONLY_LEVELS, draw_masks
 from twotower.training.run_tokenizer import encoder_for
 
 DIFFUSION, VERIFIED = (parse_setting(text) for text in ("diffusion", "verified:draft_steps=1"))
@@ -201,17 +202,19 @@ def compare_likelihoods(
     sums = torch.zeros(4, dtype=torch.float64)  # −ln p of each model, KL of each tower
     tokens = masked = 0
     for batch in batches:
-        noise = corrupt(batch, BLOCK_SIZE, seed, "block")
+        shift = models[0].config.denoiser.prediction_shift
+        noise = draw_masks(batch, BLOCK_SIZE, ONLY_LEVELS, seed=seed, scope="block", shift=shift)
+        open_ = trained_columns(batch, wanted_columns(batch, noise, BLOCK_SIZE, shift), shift)
         hidden = [final_hidden(model, batch.to(model.device), noise.to(model.device)) for model in models]
         asked = next_tokens(batch, prompts=False)
         own = [each[0][:, :-1][asked.to(each[0].device)] for each in hidden]
         sums[[0, 1, 2]] += compare_heads(models[0].context, models[1].context, own, batch.tokens[:, 1:][asked])
-        own = [each[1][noise.masked.to(each[1].device)] for each in hidden]
+        own = [each[1].flatten(0, 1)[open_.at.to(each[1].device)] for each in hidden]
         denoisers = [model.denoiser for model in models]
         assert denoisers[0] is not None
         assert denoisers[1] is not None
-        sums[3] += compare_heads(denoisers[0], denoisers[1], own, batch.tokens[noise.masked])[2]
-        tokens, masked = tokens + int(asked.sum()), masked + int(noise.masked.sum())
+        sums[3] += compare_heads(denoisers[0], denoisers[1], own, open_.token)[2]
+        tokens, masked = tokens + int(asked.sum()), masked + len(open_.at)
     first, second, context, denoiser = sums.tolist()
     return Likelihoods(
         nll=(first / max(tokens, 1), second / max(tokens, 1)),
@@ -225,7 +228,7 @@ def final_hidden(model: TwoTowerForCausalLM, batch: Batch, noise: Corruption) ->
     """Final hidden states (B, S, H): of the context tower, and of the denoiser in blocks with masks (elsewhere 0)."""
     assert model.denoiser is not None
     assert model.time is not None
-    layout = Layout(batch.document, BLOCK_SIZE, chosen=blocks_with_masks(noise, BLOCK_SIZE))
+    layout = tower_layout(batch, noise, BLOCK_SIZE, model.config.denoiser)
     clean = model.context.embed(batch.tokens)
     noisy = model.denoiser.embed(layout.to_blocks(batch.tokens.masked_fill(noise.masked, model.config.mask_token)))
     t = layout.select_blocks(noise.t.flatten())

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.denoiser_fields import DenoiserConfig
+from twotower.model.packed_forward import Layout
 from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.patterns import open_predictions
@@ -88,6 +90,13 @@ def before_masks(masks: Corruption, chosen: Tensor, block_size: int) -> Tensor:
     """(N,), the positions of each chosen block before its first mask."""
     found: Tensor = (~masks.masked.unflatten(1, (-1, block_size)).flatten(0, 1)[chosen]).long().cumprod(1).sum(1)
     return found
+
+
+def tower_layout(batch: Batch, masks: Corruption, block_size: int, choices: DenoiserConfig) -> Layout:
+    """The layout of the blocks with masks, for a denoiser tower."""
+    chosen = blocks_with_masks(masks, block_size)
+    prefix = before_masks(masks, chosen, block_size) if choices.block_attention == "prefix_causal" else None
+    return Layout(batch.document, block_size, chosen, prefix)
 
 
 def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
