@@ -3,9 +3,9 @@
     python benchmarks/train.py step [--device cuda] [--dtype bfloat16] [--quick] [--json]
     python benchmarks/train.py ablations DATA OUT [--steps 1200] [--seed 1 --seed 2] [--only NAME …]
 
-step: a training step of the denoiser against an autoregressive step of the same backbone on the same tokens. Both steps
-(forward, backward, AdamW) take turns in one process; the ratio is of medians. Memory is what autograd keeps between
-forward and backward, without parameters, for one row of 4,096 tokens.
+step: a training step of the denoiser, and one of adapters of rank 32, against an autoregressive step of the same
+backbone on the same tokens. The steps (forward, backward, AdamW) take turns in one process; the ratios are of medians.
+Memory is what autograd keeps between forward and backward, without parameters, for one row of 4,096 tokens.
 
 ablations: a backbone of about a million parameters is trained once on dialogues and the suite's problems. Each
 variation then trains a denoiser from it for the same number of steps, and is measured on the same held-out text: masked
@@ -35,12 +35,13 @@ from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.nemotron_h_fields import NemotronHFields
 from twotower.recipes.small import SHAPE
 from twotower.training import fsdp
+from twotower.training.adapter_objective import AdapterObjective, AdapterOptions
 from twotower.training.data import Batch
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.optimizer import ShardedAdamW
 from twotower.training.runs import compute_dtype
 
-MASK = 3
+MASK, RANK = 3, 32
 
 
 def shapes() -> dict[str, NemotronHFields]:
@@ -65,10 +66,12 @@ def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Bat
 def objectives(
     shape: NemotronHFields, world: fsdp.World, dtype: torch.dtype, activation_checkpointing: bool
 ) -> dict[str, Any]:
-    """Both objectives, on separate towers, sharded as in training."""
+    """The objectives, on separate towers, sharded as in training."""
     config = TwoTowerConfig(**{name: getattr(shape, name) for name in shape.__dataclass_fields__})
     torch.manual_seed(0)
     alone, both = TwoTowerForCausalLM(config, towers="context"), TwoTowerForCausalLM(config)
+    adapted = TwoTowerForCausalLM(config, towers="context").context
+    adapted.add_adapters(RANK, MASK)
     assert both.denoiser is not None
     assert both.time is not None
     made = {
@@ -78,6 +81,9 @@ def objectives(
             both.denoiser,
             both.time,
             DenoisingOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing),
+        ),
+        "adapters": AdapterObjective(
+            adapted, AdapterOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing)
         ),
     }
     for objective in made.values():
@@ -137,22 +143,29 @@ def measure(
         result["activation checkpointing" if activation_checkpointing else "plain"] = {
             "ar_seconds": median["ar"],
             "denoiser_seconds": median["denoiser"],
+            "adapters_seconds": median["adapters"],
             "ratio": median["denoiser"] / median["ar"],
             "ratio_of_best": min(times["denoiser"]) / min(times["ar"]),
+            "adapters_ratio": median["adapters"] / median["ar"],
+            "adapters_ratio_of_best": min(times["adapters"]) / min(times["ar"]),
         }
         result["parameters_per_tower"] = sum(p.numel() for p in made["ar"].parameters())
     return result
 
 
 def table_of_steps(results: Sequence[dict[str, Any]]) -> Table:
-    table = Table("shape", "parameters", "", "AR step s", "denoiser step s", "ratio", "kept, AR", "kept, denoiser")
+    table = Table(
+        "shape", "parameters", "", "AR step s", "denoiser step s", "ratio", "adapters step s", "ratio", "kept, AR",
+        "kept, denoiser", "kept, adapters",
+    )  # fmt: skip
     for result in results:
         for label, suffix in (("plain", ""), ("activation checkpointing", " activation checkpointing")):
             row, kept = result[label], result["kept_bytes"]
             table.add_row(
                 result["shape"], f"{result['parameters_per_tower'] / 1e6:.1f} M", label,
                 f"{row['ar_seconds']:.3f}", f"{row['denoiser_seconds']:.3f}", f"{row['ratio']:.2f}",
-                f"{kept['ar' + suffix] / 2**20:.0f} MiB", f"{kept['denoiser' + suffix] / 2**20:.0f} MiB",
+                f"{row['adapters_seconds']:.3f}", f"{row['adapters_ratio']:.2f}",
+                *(f"{kept[kind + suffix] / 2**20:.0f} MiB" for kind in ("ar", "denoiser", "adapters")),
             )  # fmt: skip
     return table
 
@@ -175,7 +188,7 @@ def step_costs(
     device: str | None, dtype: str, repeats: int, rows: int, row_length: int, threads: int | None, quick: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """A denoiser step against an AR step, in both shapes (--quick: the bundled shape, few tokens)."""
+    """Steps of a denoiser and of adapters against an AR step, in both shapes (--quick: one shape, few tokens)."""
     start(threads)
     kept_length, chosen = 4096, shapes()
     if quick:

@@ -19,9 +19,6 @@ from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.specs import Mamba2Spec
-from twotower.training.columns import blocks_with_masks
-from twotower.training.data import Batch
-from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective, DenoisingOptions
 
 
@@ -130,19 +127,18 @@ class Varied(DenoisingObjective):
         for i, layer in enumerate(denoisers):
             layer.requires_grad_(i in kept)
 
-    def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
-        if self.variation.coupling != "last":
-            return super().hidden(batch, noise, block_size)
-        layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
-        with torch.no_grad():
-            clean = self.context.embed(batch.tokens)
-            for unit in self.units:
-                clean, _ = unit(clean, None, None, layout)
-            clean = self.context_norm_f(clean)
-        noisy = self._embed_corrupted(batch, noise, layout)
-        for unit, change in zip(self.units, self._modulations(noise, layout), strict=True):
+    def _run_units(
+        self, streams: tuple[Tensor, Tensor], changes: Any, layout: Layout, columns: Any
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        clean, noisy = streams
+        if self.variation.coupling == "last":
+            with torch.no_grad():
+                for unit in self.units:
+                    clean, _ = unit(clean, None, None, layout)
+                clean = self.context_norm_f(clean)
+        for unit, change in zip(self.units, changes, strict=True):
             clean, noisy = unit(clean, noisy, change, layout)
-        return layout.to_rows(self.norm_f(noisy)), clean
+        return clean, noisy, []
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def world() -> Iterator[fsdp.World]:
 def test_figures_are_those_of_one_prompt_at_a_time(world: fsdp.World) -> None:
     model = two_tower("llama", torch.float64, seed=8, rank=3)
     batch = packed(RECORDS, offset="fixed")
-    found = list(answers(batch, 0, (EOS,)))
+    found = [pair for _, *pair in answers(batch, 0, (EOS,))]
     assert len(found) == 4  # each record that has a prompt
     assert [len(prompt) + len(answer) for prompt, answer in found] == [14, 9, 12, 6]
     kept = TextsKept(model, [[batch]], PARAMS, world, shift=0)

@@ -112,7 +112,7 @@ def test_a_slow_count_agrees(backbone: str | None, alone: World) -> None:
     ar, agreed, compared = [0.0, 0], 0, 0
     for batch in batches:
         uniform = _uniform(batch, 0)
-        masks = {level: _at_level(level, batch, uniform, BLOCK).masked for level in LEVELS}
+        masks = {level: _at_level(level, batch, uniform, BLOCK, 0).masked for level in LEVELS}
         for row in range(len(batch)):
             for number in (0, 1):
                 columns = (batch.document[row] == number).nonzero()[:, 0]
@@ -146,6 +146,36 @@ def test_a_slow_count_agrees(backbone: str | None, alone: World) -> None:
     assert record["ar_nll"] == pytest.approx(ar[0] / ar[1], rel=1e-4)
     assert record["agreement"] == pytest.approx(agreed / compared)
     assert validation(2) == record
+
+
+@torch.no_grad()
+def test_drafts_of_a_shifted_denoiser_are_counted_block_by_block(alone: World) -> None:
+    """The first token of each block is visible, and output i predicts token i + 1, as AR's output i does."""
+    _, validation = build(alone, shift=1)
+    model, found = validation.model, []
+    for tower in (model.context, model.denoiser):
+        assert tower is not None
+        tower.head.weight[6:] = 0  # few tokens can win, so some drafts agree
+    for batch in held_out(alone):
+        for row in range(len(batch)):
+            for number in (0, 1):
+                columns = (batch.document[row] == number).nonzero()[:, 0]
+                tokens = batch.tokens[row, columns]
+                ar = model(tokens[None]).logits[0].argmax(-1)
+                for start in range(len(tokens) % BLOCK, len(tokens), BLOCK):
+                    if not batch.denoised[row, columns[start]]:
+                        continue
+                    state = model.new_state(1, 64)
+                    model.prefill(tokens[None, :start], torch.tensor([start]), state)
+                    noisy = torch.tensor([[int(tokens[start]), *[MASK] * (BLOCK - 1)]])
+                    out = model.denoise(noisy, torch.tensor([1.0]), model.reader(state).view())[0]
+                    out[:, MASK] = -torch.inf
+                    block = slice(start, start + BLOCK - 1)
+                    known = batch.text[row, columns[start] + 1 : columns[start] + BLOCK]
+                    agrees = (out.argmax(-1)[:-1] == ar[block]) & known
+                    found.append(int(agrees.long().cumprod(0).sum()))
+    assert validation(1)["draft_tokens"] == pytest.approx(1 + sum(found) / len(found))
+    assert sum(found) > 0
 
 
 def test_the_sample_and_its_trace(alone: World) -> None:

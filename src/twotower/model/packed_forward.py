@@ -65,12 +65,14 @@ class Layout:
         return torch.arange(self.block_size, device=self.prefix.device) >= self.prefix[:, None]
 
     @cached_property
-    def adapted_columns(self) -> Tensor:
-        """(n,), the columns where adapters act, among the N·L of the chosen blocks; on the meta device all of them."""
+    def adapted_columns(self) -> tuple[Tensor, Tensor]:
+        """(n,) blocks and columns where adapters act, of the chosen blocks; on the meta device all columns."""
         assert self.adapted is not None
         if self.adapted.is_meta:
-            return torch.arange(self.adapted.numel(), device="meta")
-        return self.adapted.flatten().nonzero()[:, 0]
+            every = torch.arange(self.adapted.numel(), device="meta")
+            return every // self.block_size, every % self.block_size
+        block, column = self.adapted.nonzero(as_tuple=True)
+        return block, column
 
     @cached_property
     def causal_queries(self) -> Tensor | None:
@@ -282,11 +284,10 @@ def denoise_layer(
 
 def _denoise_columns(layer: Layer, x: Tensor, read: Tensor, layout: Layout) -> Tensor:
     """A layer without memory, only at the columns where adapters act; see `denoise_layer`."""
-    at = layout.adapted_columns
-    own = x.flatten(0, 1).index_select(0, at)
-    with adapting(torch.ones_like(at, dtype=torch.bool)):
+    places = layout.adapted_columns
+    own = x[places]
+    with adapting(torch.ones_like(places[0], dtype=torch.bool)):
         out = layer.mixer(modulated_norm(own, layer.norm, layer.kind, None))
-    places = at // layout.block_size, at % layout.block_size
     return layout.to_blocks(read).index_put(places, layer.residual(own, out, None))
 
 

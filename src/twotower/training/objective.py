@@ -239,17 +239,32 @@ class DenoisingObjective(nn.Module):
         chosen = blocks_with_masks(masks, block_size)
         layout = Layout(batch.document, block_size, chosen, self._prefix(masks, chosen, block_size), noise.copies)
         change = self._modulations(masks, layout)
+        # The embeddings have no name here, so that they are freed as soon as no layer needs them.
+        clean, noisy, apart = self._run_units(self._embed(batch, masks, layout), change, layout, columns)
+        return layout.to_rows(self.norm_f(noisy)), clean, torch.stack(apart).mean(0) if apart else None
+
+    def _embed(self, batch: Batch, masks: Corruption, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Both residual streams before the first layer."""
         with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
             clean = self.context.embed(batch.tokens)
         tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
-        noisy = self.denoiser.embed(layout.to_blocks(tokens), layout.adapted)
+        return clean, self.denoiser.embed(layout.to_blocks(tokens), layout.adapted)
+
+    def _run_units(
+        self,
+        streams: tuple[Tensor, Tensor],
+        changes: Sequence[Modulation | None],
+        layout: Layout,
+        columns: TrainedColumns | None,
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """→ both residual streams after all units, and with alignment 1 − cosine (n,) after each denoiser layer."""
         apart = []
         for unit in self.units:
             assert isinstance(unit, LayerPair)
-            clean, noisy = run_pair(unit, self.options.activation_checkpointing, (clean, noisy), change, layout)
+            streams = run_pair(unit, self.options.activation_checkpointing, streams, changes, layout)
             if unit.denoiser is not None and columns is not None and self.options.recipe.alignment:
-                apart.append(misalignment(noisy, clean, layout, columns))
-        return layout.to_rows(self.norm_f(noisy)), clean, torch.stack(apart).mean(0) if apart else None
+                apart.append(misalignment(streams[1], streams[0], layout, columns))
+        return *streams, apart
 
     def _losses(self, hidden: Tensor, clean: Tensor, columns: TrainedColumns) -> Tensor:
         """Final hidden states (n, H) of the denoiser, residual stream (B, S, H) of the context tower → losses (n,)."""

@@ -23,6 +23,7 @@ from twotower.training.log_schema import Validation
 from twotower.training.logits import in_chunks
 from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective
+from twotower.training.validation.kept import TextsKept
 from twotower.training.validation.samples import shared_prompts, unsharded, write_samples
 
 # Noise levels. All but the last are the middles of equal parts of (0, 1], so together they estimate the training loss.
@@ -40,6 +41,8 @@ class DenoisingValidation:
     agreement: share of masked positions of the levels below 1 where the denoiser's most likely token (other than the
         mask token) is the context tower's most likely token after the true text; without repeated EOS.
     tokens_per_pass, sample: greedy diffusion at threshold 0.8 (`samples.write_samples`).
+    With prediction shift 1 also draft_tokens: 1 + the mean number of predictions from the left of a wholly masked block
+        that agree, and the figures of `kept.TextsKept`.
 
     Masks are a function of (seed, row number). A frozen context tower is scored once, and its figures are reused.
 
@@ -90,7 +93,9 @@ class DenoisingValidation:
             eos_token_id=eos_token_id,
             seed=0,
         )
-        self.prompts = shared_prompts(model, sources, prompts, self.params, world)
+        shift = objective.options.shift
+        self.prompts = shared_prompts(model, sources, prompts, self.params, world, shift)
+        self.kept = TextsKept(model, sources, self.params, world, shift) if prompts and shift else None
 
     @torch.no_grad()
     def __call__(self, step: int) -> Validation:
@@ -106,6 +111,7 @@ class DenoisingValidation:
         if self.prompts:
             with unsharded(self.objective.modules()):
                 record |= write_samples(self.model, self.prompts, self.params, self.world)
+                record |= {} if self.kept is None else self.kept.measure()
         return record
 
     def _likelihood(self) -> Validation:
@@ -113,7 +119,7 @@ class DenoisingValidation:
             self._greedy.clear()
         if context_unknown := not self._greedy:
             self._context_sums = [0.0, 0.0]
-        found = torch.zeros(len(LEVELS), 4, dtype=torch.float64)  # a row for each level, from `_compare`
+        found = torch.zeros(len(LEVELS), 6, dtype=torch.float64)  # a row for each level, from `_compare`
         for number, batch in enumerate(self.batches):
             uniform = _uniform(batch, self.seed)
             on_device = batch.to(self.world.device)
@@ -126,8 +132,8 @@ class DenoisingValidation:
         if context_unknown:
             ar_nats, ar_tokens = map(self.world.total, self._context_sums)
             self._ar_nll = ar_nats / max(ar_tokens, 1.0)
-        nats, masked, agreed, compared = (sum(column) for column in zip(*totals[:-1], strict=True))
-        return {
+        nats, masked, agreed, compared, *_ = (sum(column) for column in zip(*totals[:-1], strict=True))
+        record: Validation = {
             "masked_nll": nats / max(masked, 1.0),
             "masked_nll_by_t": {
                 str(level): row[0] / row[1] for level, row in zip(LEVELS, totals, strict=True) if row[1]
@@ -135,6 +141,10 @@ class DenoisingValidation:
             "ar_nll": self._ar_nll,
             "agreement": agreed / max(compared, 1.0),
         }
+        if self.objective.options.shift:
+            *_, run, blocks = totals[-1]
+            record["draft_tokens"] = 1 + run / max(blocks, 1.0)
+        return record
 
     def _columns(self, batch: Batch, noise: Corruption) -> TrainedColumns:
         """The columns that predict masked positions of their block."""
@@ -169,11 +179,17 @@ class DenoisingValidation:
         return greedy
 
     def _compare(self, columns: TrainedColumns, hidden: Tensor, greedy: Tensor) -> Tensor:
-        """(4,): sum of −ln p over masked positions, their number, agreements with greedy (B, S), comparisons."""
+        """(6,): sum of −ln p over masked positions, their number, agreements with greedy (B, S), comparisons; columns
+        that agree from the left of a block, and blocks with masks."""
         mask_token = self.objective.options.mask_token_id
         nll, choice = _score(self.objective.denoiser, hidden.flatten(0, 1)[columns.at], columns.token, mask_token)
         wanted = greedy.flatten()[columns.at + self.objective.options.shift]
-        counts = (torch.ones_like(choice).sum(), (choice == wanted).sum(), (wanted >= 0).sum())
+        agrees, drafted = (torch.zeros_like(greedy, dtype=torch.bool).flatten() for _ in range(2))
+        agrees[columns.at], drafted[columns.at] = choice == wanted, True
+        size = self.block_size - self.objective.options.shift
+        agrees, drafted = (part.unflatten(0, (-1, self.block_size))[:, :size] for part in (agrees, drafted))
+        sums = agrees.sum(), (wanted >= 0).sum(), agrees.long().cumprod(-1).sum(), drafted.any(-1).sum()
+        counts = (torch.ones_like(choice).sum(), *sums)
         return torch.stack([nll.double().sum(), *(count.double() for count in counts)])
 
 

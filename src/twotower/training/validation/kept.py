@@ -38,11 +38,18 @@ class TextsKept:
         shift: int,
     ) -> None:
         self.model, self.world = model, world
-        ends = params.eos_token_id
-        found = [pair for batches in sources for batch in batches for pair in answers(batch, shift, ends)]
-        room = model.spec.max_position_embeddings - params.max_new_tokens
-        fitting = [(p, a) for p, a in found if len(p) <= room and len(a) <= params.max_new_tokens]
-        shared: list[tuple[list[int], list[int]]] = world.broadcast(fitting[:PROMPTS])
+        ends, longest = params.eos_token_id, params.max_new_tokens
+        room = model.spec.max_position_embeddings - longest
+        own = (
+            (number, *found)
+            for number, batches in enumerate(sources)
+            for batch in batches
+            for found in answers(batch, shift, ends)
+        )
+        fitting = [one for one in own if len(one[2]) <= room and len(one[3]) <= longest]
+        # In the order of the held-out rows, so that every number of processes has the same prompts.
+        every = sorted((one for part in world.gather(fitting) for one in part), key=lambda one: one[:2])
+        shared = [(prompt, answer) for _, _, prompt, answer in every[:PROMPTS]]
         self.count = len(shared)
         self.own = shared[world.rank :: world.size]
         self.ar = replace(params, mode="ar")
@@ -77,10 +84,10 @@ class TextsKept:
         return record
 
 
-def answers(batch: Batch, shift: int, ends: Sequence[int]) -> Iterable[tuple[list[int], list[int]]]:
-    """Yields (prompt, rest of the record) for each document that has a prompt and ends with one of these tokens."""
+def answers(batch: Batch, shift: int, ends: Sequence[int]) -> Iterable[tuple[int, list[int], list[int]]]:
+    """Yields (number of the row, prompt, rest of the record) for each document with a prompt and one of these ends."""
     for row, columns in documents(batch):
         tokens: Tensor = batch.tokens[row][columns]
         given = int(batch.prompt[row][columns].sum())
         if given and given + shift < len(tokens) and int(tokens[-1]) in ends:
-            yield tokens[: given + shift].tolist(), tokens[given + shift :].tolist()
+            yield int(batch.index[row]), tokens[: given + shift].tolist(), tokens[given + shift :].tolist()
