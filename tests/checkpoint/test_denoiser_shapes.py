@@ -20,6 +20,7 @@ from twotower.checkpoint.export import export_one_tower
 from twotower.checkpoint.quantize import quantize_
 from twotower.checkpoint.quantized_copy import quantize_checkpoint
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.denoiser_shape import parse_layers
 from twotower.errors import ArgumentError, ConfigError
 from twotower.evaluation.feed_forward import TextFeedForward
@@ -89,7 +90,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"denoiser_layers": []}, "denoiser_layers is []; it must be a list of numbers"),
     ({"denoiser_layers": "every:2"}, "denoiser_layers is 'every:2'; it must be a list of numbers"),
     ({"denoiser_layers": [1, 3, 5]}, "no layer reads the context; add a layer with attention"),
-    ({"denoiser_layers": [0], "adapters": {"rank": 2}}, "adapters have none; remove one"),
+    ({"denoiser_layers": [0], **DenoiserConfig.with_adapters(2).to_json()}, "adapters have none; remove one"),
     ({"denoiser_layers": [0, 5], "denoiser_feed_forward": {"kind": "dense", "size": 8}}, "has no MoE layers"),
     ({"denoiser_feed_forward": {"kind": "sparse", "size": 8}}, "it must be an object such as"),
     ({"denoiser_feed_forward": {"kind": "experts", "size": 1}}, "2 are selected for a token; keep at least that"),

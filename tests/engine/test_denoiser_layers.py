@@ -59,7 +59,7 @@ def together(model: TwoTowerForCausalLM, rounds: int = 1) -> Any:
     return results
 
 
-@pytest.mark.parametrize("name", slow_but(FAST, STATIC))
+@pytest.mark.parametrize("name", slow_but(FAST, (*STATIC, "shifted")))
 def test_requests_equal_the_oracle(name: str) -> None:
     """Alone, together in an engine with prefix cache hits, and through a replica on another device."""
     model = shaped(name)
