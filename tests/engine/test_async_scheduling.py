@@ -19,11 +19,13 @@ from conftest import EVERY_KIND, build_random_model
 from test_engine import LENGTH, alone, assert_as_alone, drive, facts, moody_policy, some_request
 from test_overlap import asking, told
 from test_two_devices import CountingTransfer
+from tiny_backbones import two_tower
 from torch import Tensor
 
 from twotower import LLM, TwoTowerForCausalLM
 from twotower.decoding.output import StepEvent
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.engine.sequence import Phase
 
 
@@ -62,6 +64,25 @@ def test_every_request_equals_its_result_alone(model: TwoTowerForCausalLM, rows:
             assert_as_alone(model, requests[place], output)
         else:  # the last block is read too, for its log-probabilities
             assert facts(output, False) == facts(alone(model, requests[place]), False)
+
+
+CHOICES = {
+    "shift": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
+    "first": DenoiserConfig(first_from_ar=True),
+    "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_requests_of_other_denoisers_equal_their_results_alone(choice: str) -> None:
+    """Also with a state that a second tower reads on another device."""
+    own = two_tower("nemotron_h", torch.float64, denoiser=CHOICES[choice])
+    rng = random.Random(choice)
+    requests = [replace(some_request(rng), watched=rng.random() < 0.3) for _ in range(16)]
+    with patch.object(own, "transfer", None if own.has_adapters else CountingTransfer()):
+        outputs = drive(ahead(own, 4), requests, rng, aborted=0.1)
+    for place, output in outputs.items():
+        assert_as_alone(own, requests[place], output)
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
