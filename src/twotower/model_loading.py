@@ -61,20 +61,22 @@ def load_model(
     quantization: str | None = None,
     context_device: str | None = None,
     denoiser_device: str | None = None,
+    one_tower: bool = False,
 ) -> TwoTowerForCausalLM:
     """Loads a model for inference. Default device: the first CUDA device, else the CPU.
 
     dtype "auto": as stored, except that a bf16 model of less than `FP32_BELOW` parameters computes in fp32 on a CPU if
     the fp32 weights take at most half of the free memory. On a CPU, weights are packed if enough memory is free and the
     option `pack` allows it. quantization: a plan for the large matrices, such as "int8" or
-    "experts=int4,rest=int8"; None: as stored.
+    "experts=int4,rest=int8"; None: as stored. one_tower: the source may be the checkpoint of an autoregressive model,
+    which becomes the context tower of a model without a denoiser.
 
     Raises:
         TwoTowerError: a device cannot be used, or the checkpoint is missing or does not match its config.
     """
     import torch
 
-    from twotower.checkpoint import names
+    from twotower.checkpoint import names, one_tower_model
     from twotower.modeling_twotower import TwoTowerForCausalLM
     from twotower.runners import packed_weights
 
@@ -82,14 +84,17 @@ def load_model(
     devices = {"context device": context, "denoiser device": denoiser_device or context}
     for role, device in devices.items():
         _check_device(role, device)
-    model = TwoTowerForCausalLM.from_pretrained(
-        source,
-        dtype=dtype,
-        quantization=quantization,
-        towers=towers,
-        context_device=devices["context device"],
-        denoiser_device=devices["denoiser device"],
-    )
+    if one_tower and one_tower_model.is_one_tower(local := one_tower_model.local_source(source)):
+        model = _load_one_tower(local, dtype, context, quantization)
+    else:
+        model = TwoTowerForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            quantization=quantization,
+            towers=towers,
+            context_device=devices["context device"],
+            denoiser_device=devices["denoiser device"],
+        )
     size = sum(math.prod(shape) for shape in names.weight_shapes(model).values())
     if dtype == "auto" and auto_dtype(model.dtype, size, devices.values()) != model.dtype:
         model.float()
@@ -97,6 +102,19 @@ def load_model(
     process.fit_threads_to_model(size)
     if packed_weights.packing_unsupported_reason(model) is None:
         model.pack()
+    return model
+
+
+def _load_one_tower(source: Path, dtype: str, device: str, quantization: str | None) -> TwoTowerForCausalLM:
+    import torch
+
+    from twotower.checkpoint import one_tower_model
+    from twotower.modeling_twotower import TwoTowerForCausalLM
+
+    model, model.tokenizer, model.generation_defaults = one_tower_model.load(
+        TwoTowerForCausalLM, source, dtype=dtype, device=torch.device(device), quantization=quantization
+    )
+    model.eval()
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,20 @@ from twotower.cli import model_options as models
 from twotower.cli.terminal import status_line
 
 if TYPE_CHECKING:
+    from twotower.decoding.output import Generation
     from twotower.engine.jobs import Line
     from twotower.modeling_twotower import TwoTowerForCausalLM
+
+
+rows_option = click.option(
+    "--rows", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a batch."
+)
+memory_option = click.option(
+    "--memory",
+    metavar="GIB",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Maximum memory for KV caches and Mamba states, in GiB.  [default: enough for --rows rows]",
+)
 
 
 @click.command()
@@ -53,13 +65,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="The seed of a line is N plus the number of the line.",
 )
-@click.option("--rows", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a batch.")
-@click.option(
-    "--memory",
-    metavar="GIB",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Maximum memory for KV caches and Mamba states, in GiB.  [default: enough for --rows rows]",
-)
+@rows_option
+@memory_option
 @click.option(
     "--with-prompt",
     is_flag=True,
@@ -102,13 +109,28 @@ def batch(
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
     lines = read_lines(prompts, loaded, shared, model_loading.name_of(source))
     with exclusive_lock(out, out):
-        _run(loaded, lines, out, rows, None if memory is None else int(memory * 2**30), with_prompt)
+        run_with_progress(loaded, lines, out, rows, bytes_of(memory), with_prompt=with_prompt)
 
 
-def _run(
-    model: TwoTowerForCausalLM, lines: Sequence[Line], out: Path, rows: int, memory: int | None, with_prompt: bool
+def bytes_of(memory: float | None) -> int | None:
+    """The bytes of `--memory`, which is in GiB."""
+    return None if memory is None else int(memory * 2**30)
+
+
+def run_with_progress(
+    model: TwoTowerForCausalLM,
+    lines: Sequence[Line],
+    out: Path,
+    rows: int,
+    memory: int | None,
+    *,
+    with_prompt: bool,
+    fields: Callable[[Line, Generation], dict[str, object]] | None = None,
 ) -> None:
-    """Writes the missing answers. The exit code is 1 if no line has an answer."""
+    """Writes the missing answers of a job, and shows its progress. The exit code is 1 if no line has an answer.
+
+    memory: bytes of state. with_prompt, fields: of `run_job`.
+    """
     from twotower.engine.jobs import count_answered, engine_for, has_answer, run_job
 
     before = count_answered(out, lines)
@@ -121,7 +143,7 @@ def _run(
             rest = (len(lines) - written) * seconds / max(written - before, 1)
             update(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
 
-        written, failed = run_job(engine, lines, out, progress, before, with_prompt)
+        written, failed = run_job(engine, lines, out, progress, before, with_prompt, fields)
     earlier = f", {before} more by an earlier run" if before else ""
     errors = f", {failed} with an error" if failed else ""
     click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)

@@ -15,6 +15,7 @@ from twotower.cli.demo import demo
 from twotower.cli.evaluate import evaluate
 from twotower.cli.export import export
 from twotower.cli.generate import generate
+from twotower.cli.generate_data import generate_data
 from twotower.cli.info import info
 from twotower.cli.init import init
 from twotower.cli.lm_eval import lm_eval
@@ -67,6 +68,7 @@ for verb in (
     init,
     export,
     quantize,
+    generate_data,
     pretrain,
     train,
     curves,

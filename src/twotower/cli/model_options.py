@@ -126,10 +126,12 @@ def load_text_model(
     context_device: str | None = None,
     denoiser_device: str | None = None,
     threads: int | None = None,
+    one_tower: bool = False,
 ) -> tuple[TwoTowerForCausalLM, Path | str]:
     """Configures the process and loads the model of `--model`; returns the model and its source.
 
-    consequence: ends the error message for a model without a tokenizer ("…, so CONSEQUENCE").
+    consequence: ends the error message for a model without a tokenizer ("…, so CONSEQUENCE"). one_tower: the
+    checkpoint of an autoregressive model is allowed too.
 
     Raises:
         TwoTowerError: the model is missing, does not fit its config, or has no tokenizer.
@@ -144,6 +146,7 @@ def load_text_model(
             quantization=quantization,
             context_device=context_device,
             denoiser_device=denoiser_device,
+            one_tower=one_tower,
         )
     note = model_loading.dtype_note(loaded, dtype)
     if note is not None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from twotower.chat_template import Message
 from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
 from twotower.engine.admission import check_before_engine
@@ -47,13 +48,14 @@ QUEUED_PER_ROW = 4  # requests in the engine for each of its rows: a slow one de
 
 @dataclass(frozen=True)
 class Line:
-    """A line of input: its request and prompt, or the error that prevents a request."""
+    """A line of input: its request and prompt or messages, or the error that prevents a request."""
 
     number: int
     digest: str  # of the line and of the inherited parameters
     id: object = None
     request: Request | None = None
     prompt: str = ""
+    messages: tuple[Message, ...] = ()
     error: str = ""
 
 
@@ -71,7 +73,7 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name:
     hashed = {"knob" if name == "policy_value" else name: value for name, value in shared.items()}
     inherited = json.dumps([model_name, hashed], sort_keys=True, default=str).encode()
     longest = model.spec.max_position_embeddings * longest_token(require_tokenizer(model.tokenizer))
-    for raw in _raw_lines(path):
+    for raw in raw_lines(path):
         raw.hash.update(inherited)
         digest = raw.hash.hexdigest()[:16]
         if raw.nbytes > MAX_LINE_BYTES:
@@ -85,7 +87,7 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name:
 
 
 @dataclass
-class _RawLine:
+class RawLine:
     """A line of a file. start: its first bytes, at most MAX_LINE_BYTES and one more. hash: SHA-256 of all its bytes."""
 
     number: int
@@ -98,9 +100,9 @@ class _RawLine:
         return self.nbytes <= MAX_LINE_BYTES and not self.start.strip()
 
 
-def _raw_lines(path: Path) -> Iterator[_RawLine]:
+def raw_lines(path: Path) -> Iterator[RawLine]:
     """The lines of a file that are not blank, without their ends (\\n, \\r\\n or \\r) and the byte order mark."""
-    number, line = 1, _RawLine(1, b"", 0, hashlib.sha256())
+    number, line = 1, RawLine(1, b"", 0, hashlib.sha256())
     with path.open("rb") as file:
         text = io.TextIOWrapper(file, encoding="latin-1", newline=None)  # each character is one byte
         while part := text.readline(MAX_LINE_BYTES + 1).encode("latin-1"):
@@ -114,7 +116,7 @@ def _raw_lines(path: Path) -> Iterator[_RawLine]:
                 if not line.is_blank:
                     yield line
                 number += 1
-                line = _RawLine(number, b"", 0, hashlib.sha256())
+                line = RawLine(number, b"", 0, hashlib.sha256())
     if not line.is_blank:
         yield line
 
@@ -198,11 +200,12 @@ def run_job(
     progress: Callable[[int, int], object] | None = None,
     before: int | None = None,
     with_prompt: bool = False,
+    fields: Callable[[Line, Generation], dict[str, object]] | None = None,
 ) -> tuple[int, int]:
     """Appends the missing answers to `out` in order → the numbers of written lines and of errors among them.
 
     progress: called with the lines in `out` and the new tokens so far. before: what `count_answered` gave, if known.
-    with_prompt: whether an answer has its prompt.
+    with_prompt: whether an answer has its prompt. fields: of an answer; None: `result_fields`.
     """
     written = start = count_answered(out, lines) if before is None else before
     failed = tokens = 0
@@ -223,12 +226,14 @@ def run_job(
             for event in llm.step():
                 tokens += len(event.tokens)
                 if event.result is not None:
-                    answers[places.pop(event.row)] = result_fields(event.result)
+                    place = places.pop(event.row)
+                    result = event.result
+                    answers[place] = result_fields(result) if fields is None else fields(lines[place], result)
             while written in answers:
                 line, answer = lines[written], answers.pop(written)
                 failed += bool(answer.get("error"))
                 own: dict[str, object] = {} if line.id is None else {"id": line.id}
-                if with_prompt and line.request is not None:
+                if with_prompt and line.request is not None and not line.messages:
                     own["prompt"] = line.prompt
                 file.write(to_json({"line": line.number, "digest": line.digest, **own, **answer}) + "\n")
                 written += 1
