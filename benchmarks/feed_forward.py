@@ -33,7 +33,8 @@ from twotower.evaluation.text_batches import BLOCK_SIZE, text_batches
 from twotower.families.denoiser import denoiser_spec
 from twotower.model.conditioning import modulated_norm
 from twotower.model.moe import MLP, MoE
-from twotower.model.packed_forward import Layout, read_layer
+from twotower.model.packed_forward import read_layer
+from twotower.model.packed_layout import Layout
 from twotower.specs import MLPSpec
 from twotower.training.run_tokenizer import encoder_for
 

@@ -16,7 +16,7 @@ gguf=$(python -c 'import importlib.resources as r; print(*(f for f in r.files("l
 twotower init --from "$gguf" -o "$dir/start" --mask-token '<empty_output>' --dtype float32
 
 # 3. Generate data: the model's own answers. The denoiser learns to draft what its context tower would write.
-twotower batch "$here/own_model_prompts.jsonl" -m "$dir/start" -s ar -n 96 --with-prompt -o "$dir/answers.jsonl"
+twotower generate-data "$dir/start" --prompts "$here/own_model_prompts.jsonl" -n 96 -o "$dir/answers.jsonl"
 
 # 4. Train the denoiser; the context tower stays as it is.
 twotower train "$dir/start" --data "$dir/answers.jsonl" -o "$dir/run" --steps "$steps" --block-size 8 \

@@ -22,11 +22,12 @@ CHATML = (
 )
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 FORGETFUL = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else m.content.split('.')[-1] }}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last or m.role == 'user' %}{{ m.content }}{% else %}{{ m.content.split('.')[-1] }}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VOCABULARY = tiny_run.VOCABULARY + 2
@@ -56,9 +57,13 @@ def chats(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return out
 
 
-@functools.cache
 def backbone(name: str = "llama", template: str | None = CHATML) -> Path:
     """A tiny autoregressive checkpoint, saved by transformers, with a chat template."""
+    return _backbone(name, template)
+
+
+@functools.cache
+def _backbone(name: str, template: str | None) -> Path:
     folder = tiny_run.folder() / f"chat-{name}-{abs(hash(template))}"
     torch.manual_seed(0)
     own = tokenizer(template)
@@ -69,9 +74,13 @@ def backbone(name: str = "llama", template: str | None = CHATML) -> Path:
     return folder
 
 
-@functools.cache
 def two_towers(name: str = "llama", *options: str) -> Path:
     """What `twotower init` makes of `backbone`."""
+    return _two_towers(name, *options)
+
+
+@functools.cache
+def _two_towers(name: str, *options: str) -> Path:
     source = backbone(name)
     target = source.with_name(f"{source.name}-two{''.join(options)}")
     assert run_cli(["init", "--from", str(source), "-o", str(target), "--mask-token", "<mask>", *options]) == 0

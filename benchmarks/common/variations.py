@@ -15,7 +15,8 @@ from twotower.model import conditioning
 from twotower.model.attention import Attention
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.mamba2 import Mamba2
-from twotower.model.packed_forward import Layout, denoise_layer, read_layer
+from twotower.model.packed_forward import denoise_layer, read_layer
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.specs import Mamba2Spec

@@ -111,9 +111,10 @@ def _load_one_tower(source: Path, dtype: str, device: str, quantization: str | N
     from twotower.checkpoint import one_tower_model
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-    model, model.tokenizer, model.generation_defaults = one_tower_model.load(
+    model, tokenizer, defaults = one_tower_model.load(
         TwoTowerForCausalLM, source, dtype=dtype, device=torch.device(device), quantization=quantization
     )
+    model.tokenizer, model.generation_defaults = tokenizer, defaults
     model.eval()
     return model
 

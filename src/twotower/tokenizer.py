@@ -19,6 +19,7 @@ class Tokenizer(Protocol):
     """Encodes and decodes text. Special tokens (`eos_token_id`, …) and a chat template are optional attributes."""
 
     name_or_path: str
+    chat_template: object
     clean_up_tokenization_spaces: bool
 
     @property

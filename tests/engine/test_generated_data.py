@@ -51,10 +51,7 @@ def test_the_answers_are_those_of_transformers(cli: Cli, tmp_path: Path) -> None
             asked = given["messages"][:-1]
             assert record["messages"][:-1] == asked
             ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
-        barred = [[tokenizer.convert_tokens_to_ids("<mask>")]]
-        new = model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=12, bad_words_ids=barred, pad_token_id=0
-        )[0, len(ids) :]
+        new = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12)[0, len(ids) :]
         text = tokenizer.decode(new, skip_special_tokens=True)
         assert record.get("text", record.get("messages", [{}])[-1].get("content")) == text
         assert record["finish_reason"] == ("eos" if int(new[-1]) == tokenizer.eos_token_id else "length")
@@ -114,8 +111,11 @@ def test_the_records_are_training_data(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_lines_without_a_prompt_are_skipped_and_named(cli: Cli, tmp_path: Path) -> None:
-    bad = ["nonsense", "[1]", {"text": "x"}, {"prompt": 5}, {"messages": []}, {"messages": [{"content": "x"}]},
-           {"messages": [{"role": "assistant", "content": "x"}]}, {"prompt": "a" * 900}, {"prompt": "\ud800"}]  # fmt: skip
+    alone = {"messages": [{"role": "assistant", "content": "x"}]}
+    bad = [
+        *("nonsense", "[1]", {"text": "x"}, {"prompt": 5}, {"messages": []}, {"messages": [{"content": "x"}]}),
+        *(alone, {"prompt": "a" * 900}, {"prompt": "\ud800"}),
+    ]
     path, out = prompts(tmp_path, *bad, {"prompt": "Ada", "text": "is left out", "id": 3}), tmp_path / "out.jsonl"
     command = ("generate-data", tiny_chat.backbone(), "--prompts", path, "-o", out, *OPTIONS)
     result = cli(*command)
@@ -124,7 +124,9 @@ def test_lines_without_a_prompt_are_skipped_and_named(cli: Cli, tmp_path: Path) 
     (record,) = records(out)
     assert (record["line"], record["id"], record["prompt"]) == (10, 3, "Ada")
     out.unlink()
-    assert_one_line_error(cli(*command, "--max-bad-records", "8"), "9 lines without a usable prompt", "line 1: not JSON")
+    assert_one_line_error(
+        cli(*command, "--max-bad-records", "8"), "9 lines without a usable prompt", "line 1: not JSON"
+    )
     assert not out.exists()
 
 

@@ -14,7 +14,7 @@ from packed import Block, Case, blocks_of, case, objective
 from torch import Tensor, nn
 
 from twotower import TwoTowerForCausalLM
-from twotower.model.packed_forward import Layout
+from twotower.model.packed_layout import Layout
 from twotower.training.columns import blocks_with_masks
 from twotower.training.data import Batch
 from twotower.training.noise import Corruption

@@ -21,7 +21,8 @@ from twotower.evaluation.feed_forward import MEASURED, TextFeedForward, made_fee
 from twotower.evaluation.text_batches import BLOCK_SIZE, row_length, text_batches
 from twotower.families.denoiser import _dense, _fewer_experts
 from twotower.model.moe import MoE
-from twotower.model.packed_forward import Layout, context_pass
+from twotower.model.packed_forward import context_pass
+from twotower.model.packed_layout import Layout
 from twotower.specs import MLPSpec, MoESpec
 from twotower.training.run_tokenizer import encoder_for
 

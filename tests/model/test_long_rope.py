@@ -19,7 +19,8 @@ from twotower.engine.engine_options import EngineOptions
 from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
 from twotower.model.layer_io import AttentionMetadata
-from twotower.model.packed_forward import Layout, context_pass, denoise_layer, read_layer
+from twotower.model.packed_forward import context_pass, denoise_layer, read_layer
+from twotower.model.packed_layout import Layout
 
 NAME, LIMIT = "phi3:longrope", 64
 TEXT = torch.randint(4, VOCAB, (90,), generator=torch.Generator().manual_seed(5)).tolist()

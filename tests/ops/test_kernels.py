@@ -15,7 +15,7 @@ from torch import Tensor
 from twotower.families.nemotron_h import spec_of
 from twotower.model.layer_io import context_visible
 from twotower.model.moe import Router
-from twotower.model.packed_forward import TILE, Layout
+from twotower.model.packed_layout import TILE, Layout
 from twotower.nemotron_h_fields import NemotronHFields
 from twotower.ops.reference.attention import QueryTile, block_attention, tiled_attention
 from twotower.ops.reference.conv import causal_conv, causal_conv_sequential

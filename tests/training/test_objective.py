@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
 from twotower.model.mamba2 import Mamba2
-from twotower.model.packed_forward import Layout, read_layer, read_mamba
+from twotower.model.packed_forward import read_layer, read_mamba
+from twotower.model.packed_layout import Layout
 from twotower.ops.reference.attention import CachedKV
 from twotower.training import logits as logits_module
 from twotower.training.noise import Corruption, NoiseScope

@@ -16,11 +16,11 @@ from torch import Tensor
 VALIDATED = ("masked_nll", "ar_nll", "nll", "bits_per_byte")
 
 
-def deviation(one: Path, two: Path) -> float:
+def deviation(one: Path, two: Path, steps: int = 20) -> float:
     """The largest relative difference of losses and norms; all counts must be equal."""
     for name in ("step", "targets", "tokens", "lr", "block_size"):
         assert column(one, name).equal(column(two, name)), name
-    assert len(log(one)) >= 20
+    assert len(log(one)) >= steps
     pairs = [(column(one, name), column(two, name)) for name in ("loss", "grad_norm")]
     pairs += [(validated(one, name), validated(two, name)) for name in VALIDATED]
     return max(float(((b - a).abs() / a).max()) for a, b in pairs if len(a))

@@ -63,13 +63,15 @@ class OneTowerCheckpoint:
     """A checkpoint whose headers match its config.
 
     model: the two-tower model of the conversion, on the meta device. places: the entry of each tensor of a tower, by
-    its name in memory without the tower, and the number of its expert. copy_files: writes the tokenizer, the chat
+    its name in memory without the tower, and the number of its expert. layout: how a checkpoint with weights of its own
+    for every tensor is named; None: not for this format. copy_files: writes the tokenizer, the chat
     template and the generation config into a directory.
     """
 
     model: TwoTowerModel
     places: dict[tuple[str, int | None], TensorEntry]
     weights: Weights
+    layout: DiskLayout | None
     tokenizer: Tokenizer | None
     defaults: GenerationDefaults
     copy_files: Callable[[Path], None]
@@ -93,6 +95,7 @@ def _read_gguf(path: Path) -> OneTowerCheckpoint:
         model=file.model,
         places=_places(file.entries),
         weights=file,
+        layout=None,
         tokenizer=tokenizer,
         defaults=GenerationDefaults(),
         copy_files=copy_files,
@@ -139,6 +142,7 @@ def _read_directory(directory: Path) -> OneTowerCheckpoint:
         model=model,
         places=_places(needed),
         weights=SafetensorsWeights(stored),
+        layout=DiskLayout(root, head, {*stored} if model.spec.tied_head else {*stored, f"{head}.weight"}),
         tokenizer=load_tokenizer(directory),
         defaults=GenerationDefaults.read(directory, config.vocab_size),
         copy_files=partial(copy_model_files, directory),

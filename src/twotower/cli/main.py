@@ -8,14 +8,13 @@ import sys
 
 import click
 
-from twotower.cli.batch import batch
+from twotower.cli.batch import batch, generate_data
 from twotower.cli.bench import bench
 from twotower.cli.curves import curves
 from twotower.cli.demo import demo
 from twotower.cli.evaluate import evaluate
 from twotower.cli.export import export
 from twotower.cli.generate import generate
-from twotower.cli.generate_data import generate_data
 from twotower.cli.info import info
 from twotower.cli.init import init
 from twotower.cli.lm_eval import lm_eval

@@ -10,7 +10,13 @@ import click
 
 from twotower import model_loading
 from twotower.cli.deprecated import formerly
-from twotower.cli.train_options import RECIPE_NAMES, common_options, recipe_options
+from twotower.cli.train_options import (
+    ON_POLICY_NAMES,
+    RECIPE_NAMES,
+    common_options,
+    on_policy_options,
+    recipe_options,
+)
 from twotower.errors import ArgumentError, install_command
 from twotower.process import configure_process
 
@@ -26,7 +32,16 @@ OFFSETS = ("random", "fixed")
 
 @click.command()
 @click.option(
-    "--config", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The backbone's config.json."
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The config.json of a Nemotron-H that is trained from scratch.",
+)
+@click.option(
+    "--from",
+    "source",
+    metavar="MODEL",
+    help="Train an autoregressive model of any supported family further: a directory or hub id.",
 )
 @click.option(
     "--tokenizer",
@@ -51,21 +66,23 @@ OFFSETS = ("random", "fixed")
 def pretrain(
     output: Path | None, device: str | None, threads: int | None, steps: int, align: int, **options: Any
 ) -> None:
-    """Train a small autoregressive backbone from scratch.
+    """Train an autoregressive backbone: a small one from scratch, or an existing one further.
 
-    The result RUN/model is a Nemotron-H checkpoint. `twotower init --from RUN/model` makes two towers of it.
+    With --config the result RUN/model is a Nemotron-H checkpoint. With --from it has the layout of the source, which
+    transformers loads; on conversations, this makes an assistant of a model. `twotower init --from RUN/model` makes
+    two towers of it.
     """
     output = _required_output(output)
     configure_process(threads)
     _require_tensorboard(options["tensorboard"])
-    from twotower.training import runs
+    from twotower.training import backbone_runs
     from twotower.training.run_settings import PretrainSettings
     from twotower.training.trainer import Stage
 
     settings = PretrainSettings(stages=(Stage(align, steps),), **options)
     _run_distributed(
         device,
-        lambda world: runs.pretrain(settings, output, world, _backbone_validation),
+        lambda world: backbone_runs.pretrain(settings, output, world, _backbone_validation),
         lambda where: f"twotower init --from {where} -o DIR",
     )
 
@@ -110,6 +127,7 @@ def pretrain(
     help="Weight of the next-token loss of a trained context tower.",
 )
 @recipe_options
+@on_policy_options
 @click.option("--generate/--no-generate", default=True, help="Generate a sample in each validation.")
 @click.option(
     "--plan",
@@ -159,6 +177,7 @@ def train(
     """
     from twotower.training.recipe import RecipeChoices
 
+    on_policy = {name.removeprefix("on_policy_"): options.pop(name) for name in ON_POLICY_NAMES}
     choices = RecipeChoices(**{name: options.pop(name) for name in RECIPE_NAMES})
     source = str(model_loading.source_of(None if model == "bundled" else model))
     if plan_only:
@@ -178,11 +197,14 @@ def train(
     configure_process(threads)
     _require_tensorboard(options["tensorboard"])
     from twotower.training import runs
-    from twotower.training.run_settings import DenoiserSettings, parse_stages
+    from twotower.training.run_settings import DenoiserSettings, OnPolicySettings, parse_stages
     from twotower.training.trainer import Stage
 
     course = parse_stages(stages) if stages else (Stage(block_size, steps),)
-    settings = DenoiserSettings(model=source, stages=course, choices=choices, **options)
+    if not on_policy["every"]:
+        _refuse_without_stages()
+    own_texts = OnPolicySettings(**on_policy) if on_policy["every"] else None
+    settings = DenoiserSettings(model=source, stages=course, choices=choices, on_policy=own_texts, **options)
     _run_distributed(
         device,
         lambda world: runs.train_denoiser(settings, output, world, _denoiser_validation),
@@ -251,6 +273,13 @@ def _warn_without_effect(*names: str) -> None:
     for name in names:
         if _is_given(name):
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect with --stages.", err=True)
+
+
+def _refuse_without_stages() -> None:
+    """Raises ArgumentError for an option of on-policy stages, if there are none."""
+    for name in ON_POLICY_NAMES[1:]:
+        if _is_given(name):
+            raise ArgumentError(f"--{name.replace('_', '-')} has no effect without --on-policy-every; add it")
 
 
 def _required_output(output: Path | None) -> Path:

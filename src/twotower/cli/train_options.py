@@ -16,6 +16,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 RECIPES = ("draft", "diffusion", "both")
 BLOCK_STARTS = ("prompt", "anywhere")
+ON_POLICY_NAMES = tuple(f"on_policy_{name}" for name in ("every", "prompts", "tokens", "rows", "setting", "replay"))
 RECIPE_NAMES = ("recipe", "patterns", "clip_levels", "targets", "position_decay", "alignment", "block_starts")
 
 
@@ -109,6 +110,18 @@ OPTIONS = (
         default="prompt",
         show_default=True,
         help="Field of a record's prompt. A prompt is context only; blocks begin where it ends.",
+    ),
+    click.option(
+        "--messages-field",
+        default="messages",
+        show_default=True,
+        help="Field of the messages of a conversation, in records without a text. Assistant turns are trained.",
+    ),
+    click.option(
+        "--chat-template",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Template of conversations, in Jinja; the result keeps it. [default: that of the tokenizer]",
     ),
     click.option("--streaming", is_flag=True, help="Read the data in its order, without loading or indexing it first."),
     click.option("--epochs", type=click.IntRange(1), help="Number of times to read the data. [default: no limit]"),
@@ -212,6 +225,57 @@ OPTIONS = (
 )
 
 
+ON_POLICY_OPTIONS = (
+    click.option(
+        "--on-policy-every",
+        metavar="N",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        help="Every N steps, decode prompts with the model of that step, and train its own states towards AR (GKD, "
+        "arXiv 2306.13649); 0: never.",
+    ),
+    click.option(
+        "--on-policy-prompts",
+        metavar="N",
+        type=click.IntRange(1),
+        default=32,
+        show_default=True,
+        help="Prompts of a stage, from the documents of the step's batch.",
+    ),
+    click.option(
+        "--on-policy-tokens",
+        metavar="N",
+        type=click.IntRange(1),
+        default=128,
+        show_default=True,
+        help="Most new tokens of a prompt.",
+    ),
+    click.option(
+        "--on-policy-rows",
+        metavar="N",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Rows of such texts that each step adds to its batch, over all processes.",
+    ),
+    click.option(
+        "--on-policy-setting",
+        metavar="MODE[:VALUE,NAME=X…]",
+        help="Decoding setting of a stage. [default: verified with adapters, diffusion:0.9 with a denoiser tower]",
+    ),
+    click.option(
+        "--on-policy-replay",
+        metavar="N",
+        type=click.IntRange(0),
+        default=1,
+        show_default=True,
+        help="Train the states whose draft was refused again in N further stages (Online Speculative Decoding, arXiv "
+        "2310.07177).",
+    ),
+)
+
+
 def common_options(command: Callable[..., object]) -> Callable[..., object]:
     """Adds the shared options to a command."""
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), command)
@@ -220,3 +284,8 @@ def common_options(command: Callable[..., object]) -> Callable[..., object]:
 def recipe_options(command: Callable[..., object]) -> Callable[..., object]:
     """Adds the options that say what a denoiser is trained on (`training.recipe`)."""
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(RECIPE_OPTIONS), command)
+
+
+def on_policy_options(command: Callable[..., object]) -> Callable[..., object]:
+    """Adds the options of stages in which the model trains on its own texts (`training.on_policy`)."""
+    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(ON_POLICY_OPTIONS), command)

@@ -23,7 +23,8 @@ from twotower.checkpoint.quantize import large_weights, scheme_of
 from twotower.errors import ArgumentError
 from twotower.evaluation.layer_rounding import recorded, round_weights
 from twotower.evaluation.text_batches import BLOCK_SIZE, check_towers, row_length, text_batches
-from twotower.model.packed_forward import Layout, denoise_layer, read_layer
+from twotower.model.packed_forward import denoise_layer, read_layer
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Layer
 from twotower.model.towers import TwoTowerModel
 from twotower.quantization import Scheme

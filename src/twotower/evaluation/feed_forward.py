@@ -23,7 +23,8 @@ from twotower.evaluation.dense_units import dense_mlp
 from twotower.evaluation.text_batches import BLOCK_SIZE, row_length, text_batches
 from twotower.model.conditioning import modulated_norm
 from twotower.model.moe import MoE
-from twotower.model.packed_forward import Layout, read_layer
+from twotower.model.packed_forward import read_layer
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Layer
 from twotower.specs import MLPSpec, MoESpec
 from twotower.training.run_tokenizer import encoder_for
@@ -60,7 +61,8 @@ class TextFeedForward:
         stored = source.weights.dtype(source.places["embeddings.weight", None])
         dtype, device = torch.promote_types(stored, torch.float32), torch.device(self.device)
         weights = LayerReader.of_one_tower(source, dtype, device)
-        layouts = [Layout(batch.document.to(device), BLOCK_SIZE) for batch in batches]
+        here = [batch.to(device) for batch in batches]
+        layouts = [Layout(batch.document, BLOCK_SIZE, filler=batch.filler) for batch in here]
         weights.load("context.embeddings")
         streams = [model.context.embed(batch.tokens.to(device)) for batch in batches]
         weights.unload("context.embeddings")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from twotower.decoding.output import Generation
 from twotower.errors import ArgumentError
-from twotower.model.packed_forward import Layout, context_pass
+from twotower.model.packed_forward import context_pass
+from twotower.model.packed_layout import Layout
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.training.data import Piece, collate
 from twotower.training.data.batch import Batch

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.adapters import train_adapters_only
-from twotower.model.packed_forward import Layout
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Tower
 from twotower.training.alignment import misalignment
 from twotower.training.columns import (
@@ -30,7 +30,7 @@ from twotower.training.logits import in_chunks
 from twotower.training.noise import Corruption
 from twotower.training.patterns import draw_masks
 from twotower.training.recipe import ADAPTER_RECIPE, Recipe
-from twotower.training.targets import Examples, log_probabilities, target_losses
+from twotower.training.targets import Examples, log_probabilities, loss_of, target_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,8 @@ class AdapterObjective(nn.Module):
         assert noise is not None
         block_size = batch.tokens.shape[1] // noise.t.shape[1]
         wanted = wanted_columns(batch, noise, block_size, 1, gated=True)
-        return float(position_weights(wanted, block_size, self.options.recipe.position_decay).sum())
+        decay = 0.0 if noise.on_policy else self.options.recipe.position_decay
+        return float(position_weights(wanted, block_size, decay).sum())
 
     def ar_targets(self, batch: Batch) -> int:
         return 0
@@ -83,7 +84,9 @@ class AdapterObjective(nn.Module):
         hidden, clean, apart = self.hidden(batch, noise, block_size, columns)
         recipe, mask_token = self.options.recipe, self.options.mask_token_id
         examples = Examples(hidden, clean, columns.token, columns.known)
-        losses = target_losses(recipe.targets, self.tower, self.tower, mask_token, examples)
+        losses = target_losses(loss_of(recipe.targets, noise), self.tower, self.tower, mask_token, examples)
+        if noise.on_policy:
+            return losses.sum()
         if apart is not None:
             losses = losses + recipe.alignment * apart
         if recipe.position_decay:
@@ -97,7 +100,8 @@ class AdapterObjective(nn.Module):
         alignment the mean 1 − cosine (n,) of all layers."""
         masks = noise.stacked
         chosen = blocks_with_masks(masks, block_size)
-        layout = Layout(batch.document, block_size, chosen, before_masks(masks, chosen, block_size), noise.copies)
+        prefix = before_masks(masks, chosen, block_size)
+        layout = Layout(batch.document, block_size, chosen, prefix, noise.copies, batch.filler)
         tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
         with torch.no_grad():
             clean = self.tower.embed(batch.tokens)

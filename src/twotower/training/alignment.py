@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.model.packed_forward import Layout
+from twotower.model.packed_layout import Layout
 from twotower.ops.precision import upcast
 from twotower.training.columns import TrainedColumns
 

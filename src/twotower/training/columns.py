@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.denoiser_fields import DenoiserConfig
-from twotower.model.packed_forward import Layout
+from twotower.model.packed_layout import Layout
 from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.patterns import open_predictions
@@ -60,8 +60,11 @@ def wanted_columns(batch: Batch, noise: Corruption, block_size: int, shift: int 
 
 
 def followed(batch: Batch) -> Tensor:
-    """(B, S), whether the next column is one of the same document."""
-    return F.pad(batch.document[:, 1:] == batch.document[:, :-1], (0, 1))
+    """(B, S), whether the next column is one of the same document, and may be predicted."""
+    same = (batch.document[:, 1:] == batch.document[:, :-1]) & (batch.document[:, 1:] >= 0)
+    if batch.target is not None:
+        same = same & batch.target[:, 1:]
+    return F.pad(same, (0, 1))
 
 
 def inside_blocks(wanted: Tensor, block_size: int, shift: int) -> Tensor:
@@ -96,14 +99,16 @@ def tower_layout(batch: Batch, masks: Corruption, block_size: int, choices: Deno
     """The layout of the blocks with masks, for a denoiser tower."""
     chosen = blocks_with_masks(masks, block_size)
     prefix = before_masks(masks, chosen, block_size) if choices.block_attention == "prefix_causal" else None
-    return Layout(batch.document, block_size, chosen, prefix)
+    return Layout(batch.document, block_size, chosen, prefix, filler=batch.filler)
 
 
 def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
-    """(B, S − 1) True where position i + 1 is the next token of the document at position i.
+    """(B, S − 1) True where position i + 1 is the next token of the document at position i, and a target.
 
     prompts: False leaves out next tokens inside a prompt.
     """
     same = batch.document[:, 1:] == batch.document[:, :-1]
     wanted = batch.text[:, 1:] & batch.text[:, :-1] & same
+    if batch.target is not None:
+        wanted = wanted & batch.target[:, 1:]
     return wanted if prompts else wanted & ~batch.prompt[:, 1:]

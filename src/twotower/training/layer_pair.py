@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from twotower.cache.layer_cache import LayerCache
 from twotower.model.conditioning import Modulation
-from twotower.model.packed_forward import Layout, denoise_layer, read_layer
+from twotower.model.packed_forward import denoise_layer, read_layer
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Layer, Tower
 from twotower.specs import COUPLED_KINDS
 

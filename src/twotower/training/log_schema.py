@@ -58,7 +58,10 @@ class Validation(TypedDict, total=False):
 
 
 class StepRecord(TypedDict):
-    """One step. loss: nats per target. lr: learning rate. grad_norm: of the gradient before clipping."""
+    """One step. loss: nats per target. lr: learning rate. grad_norm: of the gradient before clipping.
+
+    on_policy_loss: KL(AR ‖ denoiser) in nats per prediction of stored states, if the step has any.
+    """
 
     step: int
     loss: float
@@ -67,5 +70,6 @@ class StepRecord(TypedDict):
     lr: float
     grad_norm: float
     block_size: int
+    on_policy_loss: NotRequired[float]
     validation: NotRequired[Validation]
     timing: NotRequired[Timing]

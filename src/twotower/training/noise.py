@@ -24,11 +24,13 @@ class Corruption:
     """t (B, blocks): noise level of each block, fp32. masked (B, S): positions that become the mask token.
 
     pair: further masks of the same rows; the denoiser reads a block again that has masks there (`patterns`).
+    on_policy: the masks are those of stored states (`on_policy`), and the loss is KL(AR ‖ denoiser) alone.
     """
 
     t: Tensor
     masked: Tensor
     pair: Corruption | None = None
+    on_policy: bool = False
 
     def to(self, device: torch.device) -> Corruption:
         return self._each(lambda part: part.to(device))
@@ -51,7 +53,7 @@ class Corruption:
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Corruption:
         pair = None if self.pair is None else self.pair._each(function)
-        return Corruption(function(self.t), function(self.masked), pair)
+        return Corruption(function(self.t), function(self.masked), pair, self.on_policy)
 
 
 def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corruption:
@@ -86,10 +88,10 @@ def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corr
 
 def generator_of(seed: int, index: int) -> torch.Generator:
     """The generator of row `index` of a run: a row's noise does not depend on other rows."""
-    return torch.Generator().manual_seed(_mix(seed, index))
+    return torch.Generator().manual_seed(keyed_seed(seed, index))
 
 
-def _mix(seed: int, index: int) -> int:
+def keyed_seed(seed: int, index: int) -> int:
     """Hashes (seed, index) to 63 bits (the finalizer of splitmix64)."""
     z = (seed * 0x9E3779B97F4A7C15 + index * 0xD1342543DE82EF95 + 1) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF

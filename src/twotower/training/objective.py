@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from twotower.model.adapters import train_adapters_only
 from twotower.model.conditioning import Modulation, TimeConditioning
-from twotower.model.packed_forward import Layout
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Tower
 from twotower.training.alignment import misalignment
 from twotower.training.columns import (
@@ -33,7 +33,7 @@ from twotower.training.logits import negative_log_likelihood
 from twotower.training.noise import Corruption, NoiseScope
 from twotower.training.patterns import draw_masks
 from twotower.training.recipe import AS_RELEASED, Recipe
-from twotower.training.targets import Examples, target_losses
+from twotower.training.targets import Examples, Targets, loss_of, target_losses
 
 Result = TypeVar("Result")
 
@@ -101,7 +101,8 @@ class DenoisingOptions:
     bound on −ln p instead of the mean over masked positions. train_context: the context tower is trained too, through
     its keys, values and Mamba states. ar_weight: with train_context, weight of the context tower's next-token loss.
     activation_checkpointing: keep only the two residual streams of each layer. time: the denoiser is conditioned on t.
-    shift: column c of a block predicts token c + shift. prefix_causal: see `DenoiserConfig.block_attention`.
+    shift: column c of a block predicts token c + shift. prefix_causal: see `DenoiserConfig.block_attention`. on_policy:
+    stored states are trained too (`on_policy`).
     """
 
     mask_token_id: int
@@ -114,10 +115,12 @@ class DenoisingOptions:
     time: bool = True
     shift: int = 0
     prefix_causal: bool = False
+    on_policy: bool = False
     recipe: Recipe = AS_RELEASED
 
     def __post_init__(self) -> None:
         if self.elbo:
+            assert not self.on_policy
             self.recipe.check_likelihood_bound()
 
 
@@ -156,7 +159,7 @@ class DenoisingObjective(nn.Module):
             context,
             denoiser,
             train_context=options.train_context,
-            all_context_layers=options.ar_weight > 0 or options.recipe.teacher,
+            all_context_layers=options.ar_weight > 0 or options.recipe.teacher or options.on_policy,
         )
         self.units = nn.ModuleList(pairs)
         self.options = options
@@ -182,7 +185,8 @@ class DenoisingObjective(nn.Module):
             positions = torch.arange(batch.tokens.shape[1], device=batch.denoised.device)
             return int((batch.denoised & (positions % self._block_size(noise) >= self.options.shift)).sum())
         block_size = self._block_size(noise)
-        return float(self._weights(self._wanted(batch, noise, block_size), block_size).sum())
+        wanted = self._wanted(batch, noise, block_size)
+        return float(wanted.sum() if noise.on_policy else self._weights(wanted, block_size).sum())
 
     def ar_targets(self, batch: Batch) -> int:
         return int(next_tokens(batch).sum()) if self.options.ar_weight else 0
@@ -193,7 +197,9 @@ class DenoisingObjective(nn.Module):
         wanted = self._wanted(batch, noise, block_size)
         columns = trained_columns(batch, wanted, self.options.shift)
         hidden, clean, apart = self._streams(batch, noise, block_size, columns)
-        losses = self._losses(hidden[wanted], clean, columns)
+        losses = self._losses(loss_of(self.options.recipe.targets, noise), hidden[wanted], clean, columns)
+        if noise.on_policy:
+            return losses.sum()
         if apart is not None:
             losses = losses + self.options.recipe.alignment * apart
         if self.options.elbo:
@@ -237,7 +243,8 @@ class DenoisingObjective(nn.Module):
         """→ the results of `hidden`; and with alignment the mean 1 − cosine (n,) of all layers, at these columns."""
         masks = noise.stacked
         chosen = blocks_with_masks(masks, block_size)
-        layout = Layout(batch.document, block_size, chosen, self._prefix(masks, chosen, block_size), noise.copies)
+        prefix = self._prefix(masks, chosen, block_size)
+        layout = Layout(batch.document, block_size, chosen, prefix, noise.copies, batch.filler)
         change = self._modulations(masks, layout)
         # The embeddings have no name here, so that they are freed as soon as no layer needs them.
         clean, noisy, apart = self._run_units(self._embed(batch, masks, layout), change, layout, columns)
@@ -266,15 +273,15 @@ class DenoisingObjective(nn.Module):
                 apart.append(misalignment(streams[1], streams[0], layout, columns))
         return *streams, apart
 
-    def _losses(self, hidden: Tensor, clean: Tensor, columns: TrainedColumns) -> Tensor:
+    def _losses(self, targets: Targets, hidden: Tensor, clean: Tensor, columns: TrainedColumns) -> Tensor:
         """Final hidden states (n, H) of the denoiser, residual stream (B, S, H) of the context tower → losses (n,)."""
-        if not self.options.recipe.targets.teacher:
+        if not targets.teacher:
             return negative_log_likelihood(self.denoiser, hidden, columns.token)
         with torch.no_grad():
             known = self.context_norm_f(clean.flatten(0, 1)[columns.clean_at])
         examples = Examples(hidden, known, columns.token, columns.known)
         mask_token = self.options.mask_token_id
-        return target_losses(self.options.recipe.targets, self.denoiser, self.context, mask_token, examples)
+        return target_losses(targets, self.denoiser, self.context, mask_token, examples)
 
     def _next_token_loss(self, batch: Batch, clean: Tensor) -> Tensor:
         wanted = next_tokens(batch)

@@ -16,6 +16,7 @@ def open_sources(settings: RunSettings) -> tuple[list[Source], list[Source]]:
         Source,
         text_field=settings.text_field,
         prompt_field=settings.prompt_field,
+        messages_field=settings.messages_field,
         max_bad_records=settings.max_bad_records,
         streaming=settings.streaming,
     )

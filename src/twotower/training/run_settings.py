@@ -17,6 +17,8 @@ Offset = Literal["random", "fixed"]
 
 # These settings may change when a run is resumed, because they do not change the result.
 CHANGEABLE = ("checkpoint_every", "tensorboard")
+# Settings that earlier versions did not have, and the values that runs of those versions had.
+ADDED: dict[str, object] = {"messages_field": "messages", "chat_template": None, "source": None, "on_policy": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,8 @@ class RunSettings:
 
     data, validation: `PATH|HUB_ID[:SPLIT][@CONFIG][=WEIGHT]` items. held_out: without validation data, this share of
     the training data is held out for validation. batch_size: rows of one optimizer step, over all processes; each has
-    row_length tokens. micro_batch_size: rows of one forward pass on one process, 0 for all. warmup: in steps. decay: a
+    row_length tokens. chat_template: a file with the template of conversations; None: that of the tokenizer.
+    micro_batch_size: rows of one forward pass on one process, 0 for all. warmup: in steps. decay: a
     fraction of the steps.
     """
 
@@ -34,6 +37,8 @@ class RunSettings:
     held_out: float = 0.01
     text_field: str = "text"
     prompt_field: str | None = "prompt"
+    messages_field: str | None = "messages"
+    chat_template: Path | None = None
     streaming: bool = False
     epochs: int | None = None
     max_bad_records: int = 100
@@ -89,24 +94,59 @@ class RunSettings:
 
     def fixed(self) -> dict[str, object]:
         """The settings that must not change when a run is resumed."""
-        return {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
+        fixed = {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in fixed.items()}
+        return {name: value for name, value in plain.items() if name not in ADDED or value != ADDED[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(RunSettings):
-    """Training of an autoregressive backbone from scratch. prompt_loss: prompts are trained too."""
+    """Training of an autoregressive backbone: from scratch with a config, or from the weights of a checkpoint.
 
-    config: Path
+    source: the directory or hub id of an autoregressive model of any supported family; it has its own config and
+    tokenizer. prompt_loss: prompts are trained too.
+    """
+
+    config: Path | None = None
+    source: str | None = None
     tokenizer: Path | None = None
     vocab_size: int | None = None
     split_digits: bool = False
     prompt_loss: bool = True
 
-    def fixed(self) -> dict[str, object]:
-        return super().fixed() | {
-            "config": str(self.config),
-            "tokenizer": str(self.tokenizer) if self.tokenizer else None,
-        }
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.config is None) == (self.source is None):
+            raise ArgumentError("give either --config FILE, to train from scratch, or --from MODEL")
+        for name in ("tokenizer", "vocab_size", "split_digits"):
+            if self.source is not None and getattr(self, name):
+                raise ArgumentError(
+                    f"--{name.replace('_', '-')} has no effect with --from, whose model has a tokenizer; leave it out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicySettings:
+    """Stages of on-policy training (`training.on_policy`).
+
+    every: steps of a stage. prompts: of a stage. rows: rows of rollouts that each step adds to its batch, over all
+    processes. tokens: new tokens of a rollout, at most. setting: of decoding, as in `twotower batch`; None: verified
+    with adapters, diffusion:0.9 with a denoiser tower. replay: earlier stages whose refused states are trained again.
+    """
+
+    every: int
+    prompts: int = 32
+    rows: int = 1
+    tokens: int = 128
+    setting: str | None = None
+    replay: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("every", "prompts", "rows", "tokens"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"on_policy_{name} is {getattr(self, name)}; give at least 1")
+        if self.replay < 0:
+            raise ArgumentError(f"on_policy_replay is {self.replay}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +155,8 @@ class DenoiserSettings(RunSettings):
 
     noise: what shares one noise level. offset: blocks begin at a random position of a text, or at its start. tie: one
     network for both towers. train_context, ar_weight, elbo: see `objective.DenoisingOptions`. choices: of the recipe.
-    generate: validation also generates; then each process holds the whole model for a short time.
+    generate: validation also generates; then each process holds the whole model for a short time. on_policy: None: no
+    stages.
     """
 
     model: str
@@ -127,12 +168,19 @@ class DenoiserSettings(RunSettings):
     ar_weight: float = 0.0
     generate: bool = True
     choices: RecipeChoices = AS_USUAL
+    on_policy: OnPolicySettings | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         recipe = self.choices.resolve(gated=False)
         if self.elbo:
             recipe.check_likelihood_bound()
+        for name in ("elbo", "tie", "train_context"):
+            if self.on_policy is not None and getattr(self, name):
+                raise ArgumentError(
+                    f"--{name.replace('_', '-')} does not go with on-policy training, whose target is a frozen AR "
+                    "model; leave one out"
+                )
         if self.ar_weight < 0:
             raise ArgumentError(f"ar_weight is {self.ar_weight}; give 0 or more")
         if self.ar_weight and not (self.train_context or self.tie):

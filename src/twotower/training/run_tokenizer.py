@@ -15,7 +15,7 @@ from twotower.file_writes import os_errors, replaced_file
 from twotower.training.data import BOS, EOS, MASK, PAD, Encoder, Source, train_tokenizer
 from twotower.training.data.readers import one_epoch
 from twotower.training.fsdp import World
-from twotower.training.run_settings import PretrainSettings
+from twotower.training.run_settings import PretrainSettings, RunSettings
 from twotower.training.trainer import TOKENIZER_FILE
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def tokenizer_of_run(
 ) -> ModelTokenizer:
     """The given tokenizer, or a new one that is trained on the data and stored in the run directory."""
     if settings.tokenizer is not None:
-        return load_tokenizer(settings.tokenizer)
+        return with_template(load_tokenizer(settings.tokenizer), settings)
     file = directory / TOKENIZER_FILE
     if world.is_main and not file.exists():
         size = config.vocab_size if settings.vocab_size is None else settings.vocab_size
@@ -39,7 +39,20 @@ def tokenizer_of_run(
         with replaced_file(file) as partial, os_errors():
             trained.save(str(partial))
     world.barrier()
-    return load_tokenizer(file)
+    return with_template(load_tokenizer(file), settings)
+
+
+def with_template(tokenizer: ModelTokenizer, settings: RunSettings) -> ModelTokenizer:
+    """The tokenizer, with the chat template of the settings if they have one."""
+    if settings.chat_template is not None:
+        try:
+            template = settings.chat_template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ArgumentError(
+                f"{settings.chat_template}: not UTF-8 ({error.reason}); give a Jinja template"
+            ) from None
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def load_tokenizer(path: Path) -> ModelTokenizer:
@@ -67,34 +80,39 @@ def _texts(sources: list[Source]) -> list[str]:
     for source in sources:
         wanted = int(TOKENIZER_TEXTS * source.weight / total)
         for _, record in zip(range(wanted), one_epoch(source), strict=False):
-            texts.append((record.prompt or "") + record.text)
+            texts.append(record.content)
     return texts
 
 
 def encoder_for(
-    tokenizer: ModelTokenizer, config: TwoTowerConfig, defaults: GenerationDefaults | None = None
+    tokenizer: ModelTokenizer,
+    config: TwoTowerConfig,
+    defaults: GenerationDefaults | None = None,
+    *,
+    align_turns: bool = True,
 ) -> Encoder:
     """The encoder from text to documents of this model.
 
     A document ends with the first EOS token of config.json, else of `defaults` (generation_config.json), else of the
-    tokenizer.
+    tokenizer. A turn of a conversation ends with any of them. align_turns: see `Encoder`.
 
     Raises:
         ArgumentError: the tokenizer does not fit the model, or there is no EOS token.
     """
     recommended = None if defaults is None else defaults.eos_token_id
     candidates = (config.eos_token_id, recommended, getattr(tokenizer, "eos_token_id", None))
-    eos = next((candidate for candidate in candidates if candidate is not None), None)
-    eos = eos[0] if isinstance(eos, list | tuple) else eos
-    if eos is None:
+    given = [list(ids) if isinstance(ids, list | tuple) else [ids] for ids in candidates if ids is not None]
+    if not given:
         raise ArgumentError("neither config.json nor the tokenizer has an EOS token; set eos_token_id in config.json")
     return Encoder(
         tokenizer,
         vocab_size=config.vocab_size,
-        eos_token_id=eos,
+        eos_token_id=given[0][0],
         mask_token_id=config.mask_token,
         bos_token_id=config.bos_token_id,
         pad_token_id=max(config.pad_token_id or 0, 0),  # some configurations say -1; padding is never read
+        eos_token_ids=[token for ids in given for token in ids],
+        align_turns=align_turns,
     )
 
 

@@ -9,25 +9,26 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import atomic, one_tower, pretrained, tokenizer_files
+from twotower.checkpoint import atomic, pretrained, tokenizer_files
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.stored_quantization import refuse_quantized
-from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig, read_object
+from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.decoding.block_rule import BlockRule
-from twotower.errors import ArgumentError, ConfigError
+from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.training import weights
 from twotower.training.adapter_objective import AdapterObjective, AdapterOptions
-from twotower.training.data import Batch
+from twotower.training.data import Batch, Encoder
 from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
+from twotower.training.on_policy.setup import on_policy_stages
 from twotower.training.recipe import Recipe
 from twotower.training.run_data import open_held_out, open_loader, open_sources
-from twotower.training.run_settings import DenoiserSettings, PretrainSettings, RunSettings
-from twotower.training.run_tokenizer import encoder_for, set_special_token_ids, tokenizer_of_run
-from twotower.training.trainer import TrainerOptions, Validate, lock_run_dir, train
+from twotower.training.run_settings import DenoiserSettings, RunSettings
+from twotower.training.run_tokenizer import encoder_for, with_template
+from twotower.training.trainer import MoreRows, TrainerOptions, Validate, lock_run_dir, train
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -55,75 +56,6 @@ class ValidationInputs:
 MakeValidation = Callable[[ValidationInputs], Validate]
 
 
-def pretrain(
-    settings: PretrainSettings, directory: Path, world: World, validation: MakeValidation | None = None
-) -> Path:
-    """Trains an autoregressive backbone from random weights. Returns RUN/model, a checkpoint in Nemotron-H's layout."""
-    config = _config_to_pretrain(settings.config)
-    with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
-        return _pretrain(settings, config, directory, world, validation)
-
-
-def _config_to_pretrain(path: Path) -> TwoTowerConfig:
-    """The configuration of a backbone that is trained from scratch.
-
-    Raises:
-        ConfigError: it is not a Nemotron-H configuration, or has a value that is not allowed.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    kind = read_object(file, "give the backbone's config.json").get("model_type", MODEL_TYPE)
-    if kind != MODEL_TYPE:
-        raise ConfigError(
-            f"{file}: model_type is {kind!r}; twotower pretrain trains only {MODEL_TYPE!r} from scratch. "
-            "Make two towers of a trained model with twotower init"
-        )
-    return TwoTowerConfig.read(file)
-
-
-def _pretrain(
-    settings: PretrainSettings,
-    config: TwoTowerConfig,
-    directory: Path,
-    world: World,
-    validation: MakeValidation | None,
-) -> Path:
-    sources, held_out = open_sources(settings)
-    tokenizer = tokenizer_of_run(settings, config, sources, directory, world)
-    set_special_token_ids(config, tokenizer)
-    encoder = encoder_for(tokenizer, config)
-    loader = open_loader(settings, sources, encoder, "fixed", world)
-    batches = open_held_out(settings, held_out, encoder, world)
-    torch.manual_seed(settings.seed)
-    model = TwoTowerForCausalLM(config, towers="context")
-    model.tokenizer = tokenizer
-    objective = AutoregressiveObjective(
-        model.context, activation_checkpointing=settings.activation_checkpointing, prompt_loss=settings.prompt_loss
-    )
-    dtype = compute_dtype(settings.dtype, world.device)
-    _set_determinism(settings)
-    shard(objective, objective.units, world, dtype)
-    inputs = ValidationInputs(
-        settings=settings,
-        model=model,
-        objective=objective,
-        held_out=batches,
-        world=world,
-        eos_token_id=encoder.eos_token_id,
-    )
-    train(
-        _trainer_options(settings, directory),
-        objective,
-        loader,
-        world,
-        validation(inputs) if validation and batches else None,
-    )
-    whole = weights.gather_weights(model.context, dtype, world)
-    if world.is_main:
-        _publish(directory, lambda folder: one_tower.write(folder, whole, config, tokenizer))
-    world.barrier()
-    return directory / "model"
-
-
 def train_denoiser(
     settings: DenoiserSettings, directory: Path, world: World, validation: MakeValidation | None = None
 ) -> Path:
@@ -135,7 +67,7 @@ def train_denoiser(
         _check_adapters(settings, source, BlockRule.of(config.denoiser).one_pass)
     elif settings.tie and (config.denoiser.denoiser_layers or config.denoiser.denoiser_feed_forward):
         raise ArgumentError(f"{source}: its denoiser has other layers than the context tower; leave out --tie")
-    with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
+    with lock_run_dir(directory, settings.fixed() | backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
 
 
@@ -151,7 +83,7 @@ def _train_denoiser(
     defaults = GenerationDefaults.read(source, config.vocab_size)
     if tokenizer is None:
         raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")
-    encoder = encoder_for(tokenizer, config, defaults)
+    encoder = encoder_for(with_template(tokenizer, settings), config, defaults)
     rule = BlockRule.of(config.denoiser)
     recipe, shift = settings.choices.resolve(gated=rule.one_pass), rule.shift
     sources, held_out = open_sources(settings)
@@ -162,7 +94,7 @@ def _train_denoiser(
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
     objective = (_adapter_objective if rule.one_pass else _denoising_objective)(model, settings, recipe)
-    _set_determinism(settings)
+    set_determinism(settings)
     dtype = compute_dtype(settings.dtype, world.device)
     shard(objective, objective.units, world, dtype)
     weights.load_weights(model, objective, source, world)
@@ -176,17 +108,29 @@ def _train_denoiser(
         eos_token_id=defaults.eos_or(config.eos_token_id) or encoder.eos_token_id,
     )
     train(
-        _trainer_options(settings, directory),
+        trainer_options(settings, directory),
         objective,
         loader,
         world,
         validation(inputs) if validation and batches else None,
+        _on_policy_rows(settings, inputs, encoder, shift, directory),
     )
     whole = _final_weights(model, source, settings.tie, world)
     if world.is_main:
-        _publish(directory, lambda folder: _write_two_towers(whole, config, folder, source))
+        publish(directory, lambda folder: _write_two_towers(whole, config, folder, source, settings.chat_template))
     world.barrier()
     return directory / "model"
+
+
+def _on_policy_rows(
+    settings: DenoiserSettings, inputs: ValidationInputs, encoder: Encoder, shift: int, directory: Path
+) -> MoreRows | None:
+    if settings.on_policy is None:
+        return None
+    ends = inputs.eos_token_id
+    return on_policy_stages(
+        inputs.model, inputs.objective, settings, encoder, ends, shift, directory, inputs.world
+    ).next
 
 
 def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings, recipe: Recipe) -> DenoisingObjective:
@@ -205,6 +149,7 @@ def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings,
         time=model.time is not None,
         shift=model.config.denoiser.prediction_shift,
         prefix_causal=model.config.denoiser.block_attention == "prefix_causal",
+        on_policy=settings.on_policy is not None,
         recipe=recipe,
     )
     return DenoisingObjective(model.context, denoiser, model.time, options)
@@ -252,7 +197,7 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_fast_bf16_matmul(device) else torch.float32
 
 
-def _backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
+def backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
     """Fields of config.json, on which a run depends: the file may have changed under the same name."""
     fields = config.backbone if isinstance(config, GenericTwoTowerConfig) else asdict(config.layer_fields)
     found = {f"config.{name}": value for name, value in fields.items()}
@@ -261,12 +206,12 @@ def _backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
     return found | {name: value for name, value in shape.items() if value is not None}
 
 
-def _set_determinism(settings: RunSettings) -> None:
+def set_determinism(settings: RunSettings) -> None:
     if settings.deterministic:
         torch.use_deterministic_algorithms(True)
 
 
-def _trainer_options(settings: RunSettings, directory: Path) -> TrainerOptions:
+def trainer_options(settings: RunSettings, directory: Path) -> TrainerOptions:
     return TrainerOptions(
         directory=directory,
         schedule=settings.schedule(),
@@ -281,7 +226,7 @@ def _trainer_options(settings: RunSettings, directory: Path) -> TrainerOptions:
     )
 
 
-def _publish(directory: Path, write: Callable[[Path], None]) -> None:
+def publish(directory: Path, write: Callable[[Path], None]) -> None:
     """Writes RUN/model atomically."""
     partial, final = directory / "model.partial", directory / "model"
     shutil.rmtree(partial, ignore_errors=True)
@@ -290,9 +235,13 @@ def _publish(directory: Path, write: Callable[[Path], None]) -> None:
     atomic.replace_folder(partial, final)
 
 
-def _write_two_towers(whole: dict[str, torch.Tensor], config: TwoTowerConfig, folder: Path, source: Path) -> None:
+def _write_two_towers(
+    whole: dict[str, torch.Tensor], config: TwoTowerConfig, folder: Path, source: Path, template: Path | None
+) -> None:
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
     model.load_state_dict(whole, strict=True, assign=True)
     model.save_pretrained(folder)
     tokenizer_files.copy_model_files(source, folder)
+    if template is not None:
+        shutil.copyfile(template, folder / tokenizer_files.TEMPLATE_FILE)

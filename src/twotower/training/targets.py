@@ -26,6 +26,7 @@ from twotower.model.tower import Tower
 from twotower.ops.precision import upcast
 from twotower.training.layer_pair import run_unit
 from twotower.training.logits import in_chunks
+from twotower.training.noise import Corruption
 from twotower.training.shares import parse_shares
 
 Target = Literal["tokens", "kl", "tv", "acceptance"]
@@ -58,6 +59,7 @@ class Targets:
 
 
 ONLY_TOKENS = Targets()
+ONLY_KL = Targets(tokens=0.0, kl=1.0)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def target_losses(targets: Targets, denoiser: Tower, teacher: Tower, mask_token:
 
     pieces = list(in_chunks(denoiser, examples.hidden, examples.clean, examples.tokens, examples.known))
     return torch.cat([run_unit(loss, len(pieces) > 1, *piece) for piece in pieces])
+
+
+def loss_of(targets: Targets, noise: Corruption) -> Targets:
+    """The mixture for these masks: of a recipe, or KL alone at stored states."""
+    return ONLY_KL if noise.on_policy else targets
 
 
 def mixed_loss(targets: Targets, found: Tensor, wanted: Tensor, by_token: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
 from twotower.training.log import LOG_FILE, TENSORBOARD_FOLDER, Log, Progress
 from twotower.training.log_schema import StepRecord, Validation
+from twotower.training.noise import Corruption
 from twotower.training.objective import Objective
 from twotower.training.old_names import SETTINGS, with_present_names
 from twotower.training.optimizer import Schedule, ShardedAdamW
@@ -30,6 +31,7 @@ from twotower.training.stop_request import StopRequest
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
+ROLLOUTS_FOLDER = "rollouts"  # of on-policy training
 TOKENIZER_FILE = "tokenizer.json"  # only of a run that trains its tokenizer
 
 
@@ -84,11 +86,18 @@ class TrainerOptions:
         return self.stages[-1].block_size
 
 
+# Called before step 0, 1, … with its batch, on every process; returns further rows with their masks, or None.
+MoreRows = Callable[[int, Batch], tuple[Batch, Corruption] | None]
 Validate = Callable[[int], Validation]  # called after a step, on every process; returns fields of the log record
 
 
 def train(
-    options: TrainerOptions, objective: Objective, loader: Loader, world: World, validate: Validate | None = None
+    options: TrainerOptions,
+    objective: Objective,
+    loader: Loader,
+    world: World,
+    validate: Validate | None = None,
+    more_rows: MoreRows | None = None,
 ) -> None:
     """Minimizes a sharded objective (`fsdp.shard`). Resumes from the run's last intact checkpoint, if there is one.
 
@@ -116,7 +125,7 @@ def train(
                 parts.callback(part.close)
         stop = parts.enter_context(StopRequest(world))
         for step in range(done, options.schedule.steps):
-            record = _step(options, objective, optimizer, loader, world, step)
+            record = _step(options, objective, optimizer, loader, world, step, more_rows)
             balance.step()
             timing = progress.step(step + 1, record["loss"], record["tokens"])
             last = step + 1 == options.schedule.steps
@@ -141,47 +150,77 @@ def train(
 
 
 def _step(
-    options: TrainerOptions, objective: Objective, optimizer: ShardedAdamW, loader: Loader, world: World, step: int
+    options: TrainerOptions,
+    objective: Objective,
+    optimizer: ShardedAdamW,
+    loader: Loader,
+    world: World,
+    step: int,
+    more_rows: MoreRows | None,
 ) -> StepRecord:
     """Makes one optimizer step. Returns its log record, without the timing."""
     size = options.block_size(step)
     loader.set_block_size(size)
     batch = loader.next()
     noise = objective.draw_noise(batch, size)
-    targets = world.total(objective.targets(batch, noise))
-    ratio = targets / max(world.total(objective.ar_targets(batch)), 1.0)
-    micro = options.micro_batch_size or len(batch)
-    starts = range(0, len(batch), micro)
-    loss = 0.0
-    for start in starts:
-        part = slice(start, start + micro)
-        noisy = None if noise is None else noise.rows(part).to(world.device)
-        share = objective(batch.rows(part).to(world.device), noisy, size, ratio) / max(targets, 1.0)
-        share.backward()
-        loss += float(share.detach())
-    loss = world.total(loss)
-    norm = optimizer.gradient_norm()
+    parts: list[tuple[Batch, Corruption | None]] = [(batch, noise)]
+    if more_rows is not None and (found := more_rows(step, batch)) is not None:
+        parts.append(found)
+    counts = [world.total(objective.targets(*part)) for part in parts]
+    ratio = counts[0] / max(world.total(objective.ar_targets(batch)), 1.0)
+    shares = [_accumulate(options, objective, world, *part, size, ratio, max(sum(counts), 1.0)) for part in parts]
+    losses = [world.total(share) for share in shares]
+    loss, norm = sum(losses), optimizer.gradient_norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
-        kept = checkpoints.latest(options.directory / "checkpoints", step)
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm} (loss {loss:.4f})"
-        raise TwoTowerError(
-            f"{what} at step {step + 1}; "
-            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet")
-            + "; a lower learning rate or a longer warmup may help"
-        )
+        raise _not_finite(options, loss, norm, step)
     lr = options.schedule.lr(step)
     optimizer.step(lr, norm)
-    tokens = int(world.total(batch.text.sum()))
-    return {
+    record: StepRecord = {
         "step": step + 1,
         "loss": loss,
-        "targets": round(targets),
-        "tokens": tokens,
+        "targets": round(sum(counts)),
+        "tokens": int(world.total(batch.text.sum())),
         "lr": lr,
         "grad_norm": norm,
         "block_size": size,
     }
+    if len(parts) > 1:
+        record["on_policy_loss"] = losses[1] * sum(counts) / max(counts[1], 1.0)
+    return record
+
+
+def _accumulate(
+    options: TrainerOptions,
+    objective: Objective,
+    world: World,
+    batch: Batch,
+    noise: Corruption | None,
+    block_size: int,
+    ratio: float,
+    divisor: float,
+) -> float:
+    """Adds the gradients of a batch, micro-batch by micro-batch → its summed loss / divisor on this process."""
+    size = block_size if noise is None else batch.tokens.shape[1] // noise.t.shape[1]
+    micro = options.micro_batch_size or len(batch)
+    loss = 0.0
+    for start in range(0, len(batch), micro):
+        part = slice(start, start + micro)
+        noisy = None if noise is None else noise.rows(part).to(world.device)
+        share = objective(batch.rows(part).to(world.device), noisy, size, ratio) / divisor
+        share.backward()
+        loss += float(share.detach())
+    return loss
+
+
+def _not_finite(options: TrainerOptions, loss: float, norm: float, step: int) -> TwoTowerError:
+    kept = checkpoints.latest(options.directory / "checkpoints", step)
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm} (loss {loss:.4f})"
+    return TwoTowerError(
+        f"{what} at step {step + 1}; "
+        + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet")
+        + "; a lower learning rate or a longer warmup may help"
+    )
 
 
 def checkpoint_tensors(objective: nn.Module, optimizer: ShardedAdamW) -> dict[str, Tensor]:
@@ -253,6 +292,7 @@ def _begin(directory: Path, settings: dict[str, object]) -> str | None:
     if changed:
         for left in (TOKENIZER_FILE, LOG_FILE):  # of the run with other settings
             (directory / left).unlink(missing_ok=True)
-        shutil.rmtree(directory / TENSORBOARD_FOLDER, ignore_errors=True)
+        for folder in (TENSORBOARD_FOLDER, ROLLOUTS_FOLDER):
+            shutil.rmtree(directory / folder, ignore_errors=True)
         replace_text(file, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
     return None

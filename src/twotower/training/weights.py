@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from twotower.checkpoint import names, reader
 from twotower.checkpoint.names import TensorEntry
+from twotower.checkpoint.one_tower import OneTowerCheckpoint
 from twotower.checkpoint.reader import StoredTensor
 from twotower.model.fp32_tensors import named_tensors, target_dtype
 from twotower.training.fsdp import World, full, local
@@ -39,6 +40,23 @@ def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Pa
     with torch.no_grad():
         for entry in needed:
             _read(entry, found[entry.disk], memory[entry.memory], world)
+
+
+def load_one_tower(model: nn.Module, objective: nn.Module, start: OneTowerCheckpoint, world: World) -> None:
+    """Allocates a sharded objective that is on the meta device, and loads the weights of an autoregressive model.
+
+    model: with the context tower, whose parameters the objective has. A process keeps only its shard.
+    """
+    objective.to_empty(device=world.device)
+    memory = dict(named_tensors(model))
+    with torch.no_grad():
+        for (name, expert), entry in start.places.items():
+            tensor = memory[f"context.{name}"]
+            own, first = _own_part(tensor, world)
+            if expert is None:
+                own.copy_(start.weights.read(entry)[first : first + own.shape[0]])
+            elif first <= expert < first + own.shape[0]:
+                own[expert - first].copy_(start.weights.read(entry))
 
 
 def gather_weights(
@@ -89,11 +107,7 @@ def read_frozen(
 
 
 def _read(entry: TensorEntry, stored: StoredTensor, tensor: Tensor, world: World) -> None:
-    own, first = local(tensor.detach()), 0
-    if isinstance(tensor, DTensor):  # FSDP2 splits the first dimension as torch.chunk does
-        size = -(-tensor.shape[0] // world.size)
-        first = min(world.rank * size, tensor.shape[0])
-        assert own.shape[0] == min(first + size, tensor.shape[0]) - first
+    own, first = _own_part(tensor, world)
     with safe_open(stored.file, framework="pt") as handle:
         if entry.index:
             piece = reader.read_piece(handle, entry)
@@ -103,3 +117,13 @@ def _read(entry: TensorEntry, stored: StoredTensor, tensor: Tensor, world: World
             own.copy_(part[first : first + own.shape[0]] if isinstance(tensor, DTensor) else part[:])
         elif first <= entry.expert < first + own.shape[0]:
             own[entry.expert - first].copy_(handle.get_tensor(entry.disk))
+
+
+def _own_part(tensor: Tensor, world: World) -> tuple[Tensor, int]:
+    """This process's shard of a tensor, and the number of its first row."""
+    own, first = local(tensor.detach()), 0
+    if isinstance(tensor, DTensor):  # FSDP2 splits the first dimension as torch.chunk does
+        size = -(-tensor.shape[0] // world.size)
+        first = min(world.rank * size, tensor.shape[0])
+        assert own.shape[0] == min(first + size, tensor.shape[0]) - first
+    return own, first

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from twotower.chat_template import ChatError, Message
 from twotower.errors import ArgumentError
+from twotower.training.data.chats import ChatMismatch, Span, encode_chat
 
 if TYPE_CHECKING:
     from twotower.tokenizer import Tokenizer as ModelTokenizer
@@ -24,11 +26,23 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """A text and its prompt, if any. place: the record's name in messages (`wiki.jsonl line 17`)."""
+    """A text and its prompt, if any, or the messages of a conversation, without a text.
+
+    place: the record's name in messages (`wiki.jsonl line 17`). ends: False for a text that was cut off.
+    """
 
     text: str
     prompt: str | None
     place: str
+    messages: tuple[Message, ...] | None = None
+    ends: bool = True
+
+    @property
+    def content(self) -> str:
+        """All text of the record."""
+        if self.messages is None:
+            return (self.prompt or "") + self.text
+        return "\n".join(f"{message['role']}: {message.get('content')}" for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -39,12 +53,17 @@ class Document:
     context: number of first tokens that are never masked: the prompt; 1 if the document begins with BOS; else 0.
     prompted: the document has a prompt, so its blocks begin where the prompt ends, as in generation.
     ends: the last block is filled with EOS. If False, it is filled with padding and not trained unless it is full.
+    turns: the spans of tokens that are trained, if not all tokens after the context are: the assistant's turns, each
+    from where its first block begins.
+    aligned: blocks begin where turns begin; False for next-token prediction, which has no blocks.
     """
 
     tokens: np.ndarray
     context: int = 0
     prompted: bool = False
     ends: bool = True
+    turns: tuple[Span, ...] = ()
+    aligned: bool = True
 
 
 class Encoder:
@@ -58,6 +77,8 @@ class Encoder:
         vocab_size: of the model.
         eos_token_id, mask_token_id, bos_token_id, pad_token_id: of the model.
         add_eos: False for fragments of texts, so that the model does not learn an end where there is none.
+        eos_token_ids: all tokens that end a text or a turn; None: eos_token_id alone.
+        align_turns: False for next-token prediction, which needs no blocks that begin where turns begin.
 
     Raises:
         ArgumentError: the tokenizer has ids that the model lacks; special ids outside the vocabulary, or equal.
@@ -73,7 +94,11 @@ class Encoder:
         bos_token_id: int | None = None,
         pad_token_id: int = 0,
         add_eos: bool = True,
+        eos_token_ids: Collection[int] = (),
+        align_turns: bool = True,
     ) -> None:
+        self._tokenizer, self._align_turns = tokenizer, align_turns
+        self._ends = frozenset((eos_token_id, *eos_token_ids))
         self.vocab_size = vocab_size
         self.eos_token_id, self.mask_token_id = eos_token_id, mask_token_id
         self.bos_token_id, self.pad_token_id = bos_token_id, pad_token_id
@@ -118,15 +143,52 @@ class Encoder:
             ArgumentError: the text contains the mask token or an id outside the vocabulary; names the record.
             BadRecord: the tokenizer returns no tokens for the text.
         """
+        if record.messages is not None:
+            return self._encode_chat(record)
         prompted = bool(record.prompt)
         first = self._ids(record.prompt, True) if record.prompt else []
         rest = self._ids(record.text, not prompted)
         has_bos = (first or rest)[:1] == [self.bos_token_id]
         if len(rest) <= (has_bos and not prompted):
             raise BadRecord("the tokenizer returns no tokens for its text")
-        if self.add_eos and rest[-1] != self.eos_token_id:
+        ends = self.add_eos and record.ends
+        if ends and rest[-1] != self.eos_token_id:
             rest.append(self.eos_token_id)
-        tokens = np.array(first + rest, dtype=np.int32)
+        tokens = self._checked(first + rest, record)
+        context = self._context(len(first) if prompted else int(has_bos), tokens)
+        return Document(tokens, context, prompted, ends)
+
+    def _encode_chat(self, record: Record) -> Document:
+        """Turns are trained, each from the token at which its first block begins."""
+        assert record.messages is not None
+        try:
+            chat = encode_chat(self._tokenizer, record.messages, lambda text: self._ids(text, False), self._ends)
+        except ChatMismatch as error:
+            raise ArgumentError(f"{record.place}: {error}") from None
+        except ChatError as error:
+            raise BadRecord(str(error)) from None
+        last = chat.turns[-1][1]
+        ids, ends = chat.tokens[:last], self.add_eos and record.ends
+        if ids[-1] in self._ends and not record.ends:
+            ids.pop()
+        elif ids[-1] not in self._ends and ends:
+            ids.append(self.eos_token_id)
+        tokens = self._checked(ids, record)
+        turns = [(begin, min(end, len(ids))) for begin, end in chat.turns]
+        turns[-1] = (turns[-1][0], len(ids))
+        if self._align_turns:
+            floors = [0, *(end for _, end in turns)]
+            turns = [
+                (max(self._context(begin, tokens[:end]), floor), end)
+                for (begin, end), floor in zip(turns, floors, strict=False)
+            ]
+        turns = [(begin, end) for begin, end in turns if begin < end]
+        if not turns:
+            raise BadRecord("the assistant turns are empty")
+        return Document(tokens, turns[0][0], True, ends, tuple(turns), self._align_turns)
+
+    def _checked(self, ids: list[int], record: Record) -> np.ndarray:
+        tokens = np.array(ids, dtype=np.int32)
         if tokens.max() >= self.vocab_size or tokens.min() < 0:
             strange = int(tokens[(tokens >= self.vocab_size) | (tokens < 0)][0])
             raise ArgumentError(
@@ -138,8 +200,7 @@ class Encoder:
                 f"{record.place}: its text contains the mask token (id {self.mask_token_id}), which training uses for "
                 "masked positions; remove it from the text, or give the model's mask_token_id"
             )
-        context = self._context(len(first) if prompted else int(has_bos), tokens)
-        return Document(tokens, context, prompted, self.add_eos)
+        return tokens
 
 
 def _reader(tokenizer: AnyTokenizer) -> tuple[Callable[[str, bool], list[int]], int]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from twotower.errors import ArgumentError
 from twotower.training.data.batch import Batch
 from twotower.training.data.checks import check_sizes, require_enough
@@ -20,6 +18,7 @@ from twotower.training.data.packing import Offset, Piece, collate, fill_row, to_
 from twotower.training.data.readers import open_reader
 from twotower.training.data.sources import Source
 from twotower.training.data.state import LoaderState, RowStreamState
+from twotower.training.data.waiting import waiting_pieces, waiting_state
 from twotower.training.old_names import LOADER_LAYOUT, with_present_names
 
 LOOK_AHEAD = 32
@@ -116,7 +115,7 @@ class RowLoader:
         check_sizes(self.batch_size, self.row_length, block_size, 0, 1)
         self.block_size = block_size
         for stream in self._row_streams:  # also with the new size, blocks begin where prompts end
-            leads = ((-p.context if p.prompted else p.lead) % block_size for p in stream.waiting)
+            leads = ((-p.context if p.prompted and p.aligned else p.lead) % block_size for p in stream.waiting)
             stream.waiting = [replace(piece, lead=lead) for piece, lead in zip(stream.waiting, leads, strict=True)]
 
     def exhausted(self) -> bool:
@@ -186,14 +185,7 @@ class RowLoader:
         for stream in self._row_streams:
             saved = state["row_streams"][str(stream.row)]
             stream.number, stream.ended = saved["number"], False
-            flat = saved["tokens"].numpy().copy()
-            ends = itertools.accumulate(length for length, *_ in saved["waiting"].tolist())
-            stream.waiting = [
-                Piece(flat[end - length : end], context, lead, bool(ends_here), bool(prompted))
-                for end, (length, context, lead, ends_here, prompted) in zip(
-                    ends, saved["waiting"].tolist(), strict=True
-                )
-            ]
+            stream.waiting = waiting_pieces(saved)
         for i, (reader, mark) in enumerate(zip(self._readers, state["readers"], strict=True)):
             positions = {
                 stream.row: state["row_streams"][str(stream.row)]["positions"][i] for stream in self._row_streams
@@ -228,21 +220,21 @@ class RowLoader:
             except BadRecord as bad:
                 self.sources[chosen].reject(record.place, str(bad))
                 continue
+            piece: Piece | None = to_piece(document, self.block_size, self.offset, self.seed, number)
+            assert piece is not None
+            if piece.turns and (piece := piece.whole_turns(self.row_length, self.block_size)) is None:
+                reason = f"its first assistant turn begins after {document.context} tokens, beyond the row length"
+                self.sources[chosen].reject(record.place, f"{reason}, {self.row_length}")
+                continue
             stream.number += 1
             self._counts.documents += 1
-            self._counts.tokens += len(document.tokens)
-            return to_piece(document, self.block_size, self.offset, self.seed, number)
+            self._counts.tokens += len(piece.tokens)
+            return piece
         return None
 
     def _stream_state(self, stream: _RowStream) -> RowStreamState:
-        parts = [torch.from_numpy(piece.tokens) for piece in stream.waiting]
-        waiting = [[len(p.tokens), p.context, p.lead, int(p.ends), int(p.prompted)] for p in stream.waiting]
-        return {
-            "number": stream.number,
-            "positions": [reader.positions[stream.row] for reader in self._readers],
-            "tokens": torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32),
-            "waiting": torch.tensor(waiting, dtype=torch.int64).reshape(-1, 5),
-        }
+        positions = [reader.positions[stream.row] for reader in self._readers]
+        return {"number": stream.number, "positions": positions, **waiting_state(stream.waiting)}
 
     def _layout(self) -> dict[str, int | str]:
         """What the batches depend on; it must not change within a run."""

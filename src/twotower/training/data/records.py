@@ -96,10 +96,11 @@ def open_records(
     fields: Sequence[str],
     cache_dir: str | Path | None,
 ) -> Records | Stream:
-    """Opens data by path, hub id or as an object of `datasets`. fields: columns to keep; the first is required.
+    """Opens data by path, hub id or as an object of `datasets`. fields: columns to keep; the data has one of the first
+    two.
 
     Raises:
-        ArgumentError: the data cannot be opened, is empty, or lacks the required field.
+        ArgumentError: the data cannot be opened, is empty, or lacks both required fields.
     """
     if not isinstance(data, str):
         return _wrap(data, name, fields)
@@ -180,11 +181,11 @@ def _wrap(dataset: object, name: str, fields: Sequence[str]) -> Table | Stream:
             raise ArgumentError(f"{name}: not a Dataset or IterableDataset of `datasets`; give one of its splits")
         chosen, columns = dataset, dataset.column_names
         if columns is not None:
-            if fields[0] not in columns:
+            if not set(fields[:2]) & set(columns):
                 raise ArgumentError(
                     f"{name}: no field {fields[0]!r}; it has {', '.join(columns)}; give one of them as text_field"
                 )
-            chosen = dataset.select_columns([field for field in fields if field in columns])
+            chosen = dataset.select_columns([field for field in dict.fromkeys(fields) if field in columns])
         if isinstance(chosen, datasets.IterableDataset):
             return DatasetStream(chosen, name)
         if not len(chosen):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from twotower.chat_template import ChatError, check_messages
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.training.data.documents import BadRecord, Record
 from twotower.training.data.files import RawRecord
@@ -26,6 +27,7 @@ from twotower.training.data.keyed_random import fraction
 from twotower.training.data.records import Records, Stream, open_records
 
 Part = Literal["train", "valid"]
+FINISH_FIELD, CUT_OFF = "finish_reason", "length"  # of a generated text that goes on after its last token
 
 # Suffixes of an item, from the last to the first.
 _WEIGHT = re.compile(r"(.+)=([+-]?[\d.]+(?:[eE][+-]?\d+)?)")
@@ -76,6 +78,7 @@ class Source:
         weight: overrides the weight of the item.
         streaming: read in the order of the source, without loading or indexing the source first.
         text_field, prompt_field: fields of a record's text and of its prompt (None: records have no prompts).
+        messages_field: field of a conversation, for records without a text (None: there are no conversations).
         max_bad_records: so many different bad records are skipped in one process; one more is an error.
         cache_dir: where `datasets` stores converted data. Default: for local files a folder in the system's temporary
             folder, for the hub the cache of `datasets`.
@@ -94,6 +97,7 @@ class Source:
         streaming: bool = False,
         text_field: str = "text",
         prompt_field: str | None = "prompt",
+        messages_field: str | None = "messages",
         max_bad_records: int = 100,
         cache_dir: str | Path | None = None,
         name: str | None = None,
@@ -108,10 +112,10 @@ class Source:
         if not 0 < self.weight < math.inf:
             raise ArgumentError(f"{self.name}: the weight is {weight}; give a number above 0")
         self.part, self.held_out_fraction = part, held_out_fraction
-        self.text_field, self.prompt_field = text_field, prompt_field
+        self.text_field, self.prompt_field, self.messages_field = text_field, prompt_field, messages_field
         self.max_bad_records = max_bad_records
         self.bad: dict[str, str] = {}  # place → reason, in the order met
-        fields = [field for field in (text_field, prompt_field) if field is not None]
+        fields = [text_field, messages_field or text_field, prompt_field or text_field, FINISH_FIELD]
         self.records: Records | Stream = open_records(
             spec.where if isinstance(data, str | Path) else data,
             name=self.name,
@@ -163,6 +167,12 @@ class Source:
                 raise BadRecord(f"broken JSON ({error})") from None
         if not isinstance(content, dict):
             raise BadRecord(f"a JSON {type(content).__name__}, not an object")
+        ends = content.get(FINISH_FIELD) != CUT_OFF
+        if content.get(self.text_field) is None and content.get(self.messages_field or "") is not None:
+            try:
+                return Record("", None, raw.place, check_messages(content[self.messages_field or ""]), ends)
+            except ChatError as error:
+                raise BadRecord(str(error)) from None
         if self.text_field not in content:
             raise BadRecord(f"no field {self.text_field!r} (it has {_some(list(content))})")
         text = self._string(content, self.text_field)
@@ -171,7 +181,7 @@ class Source:
         prompt = None
         if self.prompt_field is not None and content.get(self.prompt_field) is not None:
             prompt = self._string(content, self.prompt_field)
-        return Record(text, prompt, raw.place)
+        return Record(text, prompt, raw.place, ends=ends)
 
     def _string(self, content: dict[str, object], field: str) -> str:
         value = content[field]
@@ -186,7 +196,7 @@ class Source:
     def _wanted(self, record: Record) -> bool:
         if self.held_out_fraction == 0.0:
             return self.part == "train"
-        held_out = fraction(((record.prompt or "") + record.text).encode()) < self.held_out_fraction
+        held_out = fraction(record.content.encode(errors="surrogatepass")) < self.held_out_fraction
         return held_out == (self.part == "valid")
 
 

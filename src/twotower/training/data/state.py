@@ -17,13 +17,22 @@ class ReaderState(TypedDict, total=False):
     stream: str
 
 
-class RowStreamState(TypedDict):
-    """One row. number: documents read. positions: in each source. tokens, waiting (n, 5): pieces not placed yet."""
+class WaitingState(TypedDict):
+    """Pieces not placed yet: their tokens, and their properties (n, 5).
+
+    turns: (m, 4), the number of a piece, a span of its turns, and whether the turns begin blocks.
+    """
+
+    tokens: Tensor
+    waiting: Tensor
+    turns: NotRequired[Tensor]
+
+
+class RowStreamState(WaitingState):
+    """One row. number: documents read. positions: in each source."""
 
     number: int
     positions: list[int]
-    tokens: Tensor
-    waiting: Tensor
 
 
 class LoaderState(TypedDict):

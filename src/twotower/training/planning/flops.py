@@ -15,7 +15,7 @@ import torch
 
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.linear import Linear
-from twotower.model.packed_forward import tile_bounds
+from twotower.model.packed_layout import tile_bounds
 from twotower.model.tower import build_mixer
 from twotower.specs import (
     COUPLED_KINDS,

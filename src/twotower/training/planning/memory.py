@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.fp32_tensors import cast, keeps_fp32
-from twotower.model.packed_forward import Layout
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Tower
 from twotower.specs import LayerSpec, TowerSpec
 from twotower.training.adapter_objective import AdapterObjective, AdapterOptions

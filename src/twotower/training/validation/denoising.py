@@ -12,7 +12,8 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
-from twotower.model.packed_forward import Layout, read_layer
+from twotower.model.packed_forward import read_layer
+from twotower.model.packed_layout import Layout
 from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.training.columns import TrainedColumns, inside_blocks, next_tokens, trained_columns, wanted_columns
@@ -163,7 +164,7 @@ class DenoisingValidation:
 
         Adds the −ln p of the true tokens to `_context_sums`.
         """
-        objective, layout = self.objective, Layout(batch.document, self.block_size)
+        objective, layout = self.objective, Layout(batch.document, self.block_size, filler=batch.filler)
         for unit in objective.units:
             assert isinstance(unit, LayerPair)
             if not unit.runs_context:  # layers after the last one that the denoiser needs are run here
