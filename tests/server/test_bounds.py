@@ -18,7 +18,8 @@ from serving import LENGTH, RunningServer, events_of, expected_output, serving, 
 from test_stopping import TOKENIZER
 
 from twotower.server.choices import MAX_SCORES
-from twotower.server.request_schemas import MAX_FORMAT_SIZE, MAX_MESSAGES, MAX_PROMPTS
+from twotower.server.format_schemas import MAX_FORMAT_SIZE
+from twotower.server.request_schemas import MAX_MESSAGES, MAX_PROMPTS
 from twotower.server.settings import Limits
 
 PATH, CHAT = "/v1/completions", "/v1/chat/completions"

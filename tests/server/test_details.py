@@ -9,6 +9,8 @@ import pytest
 from serving import NAME, RunningServer, events_of, expected_output, serving, wait_until
 from test_stopping import TOKENIZER
 
+from twotower.server.conversation import ChatPrompt
+
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "the quick"}]
 PLAIN = "User: the quick\nAssistant:"
@@ -69,8 +71,7 @@ def test_the_implicit_stop_is_not_in_the_logprobs(served: RunningServer, monkeyp
         for seed in range(100)
         if len(text := expected_output(PLAIN, mode="ar", max_tokens=24, seed=seed).text) > 12 and text.isprintable()
     )
-    monkeypatch.setattr(adapter, "ROLE_NAMES", dict.fromkeys(("system", "user", "assistant"), free[6:9]))
-    monkeypatch.setattr(adapter.TokenizerAdapter, "encode_chat", lambda self, _: (
+    monkeypatch.setattr(adapter.TokenizerAdapter, "encode_chat", lambda self, _: ChatPrompt(
         self.encode_prompt(PLAIN), (free[6:9],)))  # fmt: skip
     content, scores = logprobs_of(served, False, mode="ar", max_tokens=24, seed=seed)
     assert content == free[: free.index(free[6:9])].lstrip()

@@ -146,14 +146,30 @@ def test_a_null_field_is_undefined_in_the_template(served: RunningServer) -> Non
     ],
 )
 def test_a_field_that_the_template_does_not_read_is_an_error(
-    served: RunningServer, message: dict[str, Any], field: str
+    served: RunningServer, message: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
     answer = ask(served, message)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == "messages"
     assert field in error["message"]
     assert len(error["message"]) <= 1000
+
+
+def test_without_a_template_calls_and_results_are_lines(served: RunningServer) -> None:
+    calls = {"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL]}
+    written = '{"name": "look", "arguments": {"city": "Ulm"}}'
+    assert prompt_of(served, ASK, calls, {"role": "tool", "content": "42", "tool_call_id": "a1"}) == (
+        f"User: the quick\nAssistant: I look. [{written}, {written}]\nTool: 42\nAssistant:"
+    )
+    assert ask(served, ASK | {"tool_calls": [CALL]}).status_code == 400
+    assert ask(served, ASK | {"colour": "red"}).status_code == 400
+
+
+@pytest.mark.usefixtures("template")
+def test_reasoning_is_another_name_of_reasoning_content(served: RunningServer) -> None:
+    assert prompt_of(served, {"role": "assistant", "content": "a", "reasoning": "hm"}) == "<assistant>a[hm]<assistant>"
 
 
 @pytest.mark.usefixtures("template")

@@ -32,6 +32,8 @@ START: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "x"}]},
 }
 SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+TOOL = {"type": "function", "function": {"name": "a", "parameters": {"type": "object", "properties": {}}}}
+NONSENSE = {"name": "a", "parameters": {"type": "object", "properties": {"b": {"type": "nonsense"}}}}
 
 # Field → invalid values, each with the other fields of its request. The request's schema, GenerationParams, the engine
 # or the server's limits reject the value.
@@ -73,6 +75,23 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "echo": [(1, {})],
     "logprobs": [("yes", {}), (1.5, {})],
     "top_logprobs": [(21, {"logprobs": True}), (2, {})],
+    "tools": [
+        (5, {}),
+        ([5], {}),
+        ([TOOL, TOOL], {}),
+        ([{"type": "function", "function": {"name": "a b"}}], {}),
+        ([{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}], {}),
+        ([{"type": "function", "function": NONSENSE}], {"tool_choice": "required"}),
+    ],
+    "tool_choice": [
+        ("always", {}),
+        ("required", {}),
+        ({"type": "function", "function": {"name": "b"}}, {"tools": [TOOL]}),
+        ("required", {"tools": [TOOL], "mode": "diffusion"}),
+        ("required", {"tools": [TOOL], "mode": "mock_ar"}),
+    ],
+    "parallel_tool_calls": [("yes", {}), (1, {})],
+    "chat_template_kwargs": [([], {}), ("x", {})],
 }
 # Names of Python parameters, types and libraries, which mean nothing to an HTTP client.
 INTERNAL = re.compile(

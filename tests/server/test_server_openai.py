@@ -144,10 +144,8 @@ def test_errors(served: RunningServer, client: openai.OpenAI) -> None:
     assert bad.value.param == "frequency_penalty"
     assert bad.value.code == "unsupported"
     with pytest.raises(openai.BadRequestError) as tools:
-        client.chat.completions.create(
-            model=NAME, messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
-    assert tools.value.param == "tools"
+        client.chat.completions.create(model=NAME, messages=MESSAGES, tool_choice="required")
+    assert tools.value.param == "tool_choice"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt=PROMPT)
     with pytest.raises(openai.AuthenticationError):

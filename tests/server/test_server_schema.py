@@ -26,6 +26,7 @@ OPERATIONS = [
 ]  # fmt: skip
 WRITING = 2  # the first operations have a body and get most of the cases
 BOUNDED = ("max_tokens", "max_completion_tokens", "n")  # fields with limits of this server
+OF_TOOLS = ("tools", "tool_choice", "chat_template_kwargs")  # fields that depend on each other or on the template
 KNOWN = Message.model_fields.keys()
 CHECKED = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 
@@ -104,7 +105,7 @@ def run(
     def ask(case: Any, more: dict[str, Any]) -> None:
         # The schema does not express the server's model, limits and policies, nor which fields a mode accepts.
         if valid and isinstance(case.body, dict) and statuses.total() % 2:
-            for name in ("model", *MODES_OF_FIELD, *BOUNDED, "stream_denoising", "stream_options"):
+            for name in ("model", *MODES_OF_FIELD, *BOUNDED, *OF_TOOLS, "stream_denoising", "stream_options"):
                 case.body.pop(name, None)
             if "messages" in case.body:
                 case.body["messages"] = [simplified(message) for message in case.body["messages"]]

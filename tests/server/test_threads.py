@@ -20,6 +20,7 @@ from twotower import LLM, AsyncLLM, GenerationParams, Request
 from twotower.decoding.stopping import Detokenizer
 from twotower.engine.core import EngineCore
 from twotower.engine.engine_options import EngineOptions
+from twotower.server.conversation import Conversation
 from twotower.server.request_schemas import Message
 from twotower.server.service import Service
 from twotower.server.settings import Limits, ServerSettings
@@ -178,13 +179,13 @@ def test_prompts_stay_complete_beside_other_encoders(prompt: str) -> None:
 def test_the_adapter_is_thread_safe(prompt: str) -> None:
     """Prompts with and without special tokens, and texts of tokens, in three threads."""
     adapter = TokenizerAdapter(byte_level())
-    message = Message(role="user", content=prompt)
-    whole, chat = adapter.encode_prompt(prompt), adapter.encode_chat([message])
+    chat = Conversation([Message(role="user", content=prompt)])
+    whole, chat_prompt = adapter.encode_prompt(prompt), adapter.encode_chat(chat)
     shown = [adapter.token_text(token) for token in range(50)]
 
     def same() -> None:
         assert adapter.encode_prompt(prompt) == whole
-        assert adapter.encode_chat([message]) == chat
+        assert adapter.encode_chat(chat) == chat_prompt
         assert [adapter.token_text(token) for token in range(50)] == shown
 
     assert in_threads(same, same, same) > 5

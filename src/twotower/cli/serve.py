@@ -119,6 +119,22 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
     default="",
     help="Path of the server behind a reverse proxy, e.g. /llm. The proxy may remove it from the path or keep it.",
 )
+@click.option(
+    "--tool-parser",
+    metavar="auto|none|NAME",
+    default="auto",
+    show_default=True,
+    help="Parser of tool calls in replies: hermes, qwen3_coder, nemotron_json, llama3_json or mistral. auto: the one "
+    "of the chat template.",
+)
+@click.option(
+    "--reasoning-parser",
+    metavar="auto|none|NAME",
+    default="auto",
+    show_default=True,
+    help="Parser of reasoning in replies: think, for text between <think> and </think>. auto: if the chat template "
+    "has these tags.",
+)
 @click.option("--log-prompts", is_flag=True, help="Also write prompts to the log.")
 @click.option(
     "--generation-config",
@@ -164,6 +180,8 @@ class ServeOptions:
     log_prompts: bool
     allow_origin: tuple[str, ...]
     root_path: str
+    tool_parser: str
+    reasoning_parser: str
     generation_config: str | None
     context_device: str | None
     denoiser_device: str | None
@@ -195,6 +213,7 @@ def start_server(options: ServeOptions) -> None:
     except ImportError as error:
         raise ArgumentError(f"serving needs {error.name}; install it: {install_command('serve')}") from None
     from twotower.engine import AsyncLLM
+    from twotower.server.parsers.selection import check_names
     from twotower.server.service import Service
     from twotower.server.settings import ServerSettings, check_origin, check_root_path, read_keys
 
@@ -202,6 +221,7 @@ def start_server(options: ServeOptions) -> None:
         if given is not None and not math.isfinite(given):
             raise ArgumentError(f"{option} is {given}; it must be a finite number")
     decoding = models.setting_values(options.setting, options.deterministic)
+    check_names(options.tool_parser, options.reasoning_parser)
     keys = read_keys(options.api_keys)
     origins, root_path = tuple(map(check_origin, options.allow_origin)), check_root_path(options.root_path)
     if options.per_key is not None and not keys:
@@ -220,6 +240,8 @@ def start_server(options: ServeOptions) -> None:
         aliases=(options.model,) if options.model else (),
         allowed_origins=origins,
         root_path=root_path,
+        tool_parser=options.tool_parser,
+        reasoning_parser=options.reasoning_parser,
     )
     if not keys and not _loopback(options.host):
         click.echo(

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from twotower.decoding.structured_thinking import Exemption, Thinking, composed
 from twotower.errors import ArgumentError, TwoTowerError, install_command
 from twotower.tokenizer import Tokenizer
 
@@ -32,7 +33,8 @@ class Constraint:
     """A constraint on a text, usable for any number of requests.
 
     Give exactly one of: json_schema (an object, or its JSON text), json_object (any JSON object), regex (must match the
-    whole text), grammar (in llguidance's Lark notation).
+    whole text), grammar (in llguidance's Lark notation). thinking: reasoning that the text may begin with; the
+    constraint applies to the text after it. exemption: texts that are not constrained, such as tool calls.
 
     Raises:
         ArgumentError: none or several are given, the given one is invalid, or llguidance is not installed.
@@ -46,6 +48,8 @@ class Constraint:
         json_object: bool = False,
         regex: str | None = None,
         grammar: str | None = None,
+        thinking: Thinking | None = None,
+        exemption: Exemption | None = None,
     ) -> None:
         given = {"json_schema": json_schema, "json_object": json_object or None, "regex": regex, "grammar": grammar}
         kinds = [kind for kind, value in given.items() if value is not None]
@@ -55,6 +59,10 @@ class Constraint:
         self.source = given[self.kind]
         llguidance, tables = _library(), _tables(tokenizer)
         compiled = _compiled(llguidance.LLMatcher, self.kind, self.source)
+        if (thinking or exemption) and tokenizer is not None:
+            is_lark = self.kind == "grammar"
+            body = {"lark_grammar": compiled} if is_lark else json.loads(compiled)["grammars"][0]
+            compiled = composed(body, thinking, exemption, tokenizer)
         problem, said = llguidance.LLMatcher.validate_grammar_with_warnings(
             compiled, tables, limits=_limits(llguidance)
         )

@@ -10,12 +10,15 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from twotower.server.chat_response import ChatResponseBuilder
 from twotower.server.choices import Choice
+from twotower.server.completion_response import CompletionResponseBuilder
 from twotower.server.middleware import ServerMiddleware, error_response
+from twotower.server.model_cards import model_card
 from twotower.server.page import add_page
 from twotower.server.request_errors import ClientDisconnected, RequestError
 from twotower.server.request_schemas import BaseRequest, ChatCompletionRequest, CompletionRequest, GenerationRequest
-from twotower.server.response_builder import model_card, response_builder_for
+from twotower.server.response_builder import ResponseBuilder
 from twotower.server.response_schemas import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -100,7 +103,11 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     async def generate(request: GenerationRequest, raw_request: Request) -> Response:
         choices = await service.build_choices(request)
         _add_log_fields(raw_request, request, choices, service)
-        builder = response_builder_for(service, request, choices)
+        builder: ResponseBuilder
+        if isinstance(request, ChatCompletionRequest):
+            builder = ChatResponseBuilder(service, request, choices)
+        else:
+            builder = CompletionResponseBuilder(service, request, choices)
         with ExitStack() as stack:
             stack.enter_context(service.admit(len(choices), raw_request.state.key))
             if request.stream:

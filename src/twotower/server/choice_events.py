@@ -55,7 +55,7 @@ async def choice_events(
                 unfinished -= 1
                 metrics.observe_result(event.result)
                 if event.result.error:
-                    raise result_error(event.result)
+                    raise result_error(event.result, choice.constraint_field)
             yield choice, event
     except TimeoutError:
         raise RequestError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from twotower.engine import AsyncLLM
 from twotower.engine import Request as EngineRequest
 from twotower.errors import ArgumentError, LengthError
 from twotower.model_loading import eos_of
+from twotower.server.chat_prompts import template_text
+from twotower.server.parsers.selection import has_reasoning, tool_parser
+from twotower.server.reply import PLAIN, ReplyFormat
 from twotower.server.request_errors import RequestError, length_error, request_error
 from twotower.server.request_schemas import (
     PARAMETER_OF_FIELD,
@@ -20,7 +24,6 @@ from twotower.server.request_schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
-    ResponseFormat,
 )
 from twotower.server.settings import Limits, ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
@@ -34,7 +37,8 @@ class Choice:
     """A text to generate.
 
     index: its index in the response; echo: the prompt, if the response repeats it; strip_leading_space: whether the
-    response omits white space before the text.
+    response omits white space before the text. reply_format: how the text of a chat is read. constraint_field: the
+    field of the request that constrains the text.
     """
 
     index: int
@@ -42,6 +46,17 @@ class Choice:
     seed: int
     echo: str = ""
     strip_leading_space: bool = False
+    reply_format: ReplyFormat = PLAIN
+    constraint_field: str = "response_format"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one request as token ids. stops: strings that end a chat without a template."""
+
+    tokens: list[list[int]]
+    stops: tuple[str, ...] = ()
+    reply_format: ReplyFormat = PLAIN
 
 
 class ChoiceBuilder:
@@ -56,36 +71,34 @@ class ChoiceBuilder:
         self._shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
 
     def build(
-        self, request: GenerationRequest, constraint: Constraint | None, settings: ServerSettings
+        self,
+        request: GenerationRequest,
+        settings: ServerSettings,
+        prompts: Prompts | None = None,
+        constraint: Constraint | None = None,
     ) -> list[Choice]:
-        """Returns the choices of one request.
+        """Returns the choices of one request. prompts: those of `prompts`, if they are known.
 
         Raises:
             RequestError: The request is invalid. The error names the field and the reason.
         """
         try:
-            return self._build(request, constraint, settings)
+            return self._build(request, settings, prompts or self.prompts(request, settings), constraint)
         except LengthError as error:
             raise length_error(error, request.prompt_field, request.length_field) from None
         except ArgumentError as error:
             raise request_error(error, request.field_of(error.param)) from None
 
     def _build(
-        self, request: GenerationRequest, constraint: Constraint | None, settings: ServerSettings
+        self, request: GenerationRequest, settings: ServerSettings, prompts: Prompts, constraint: Constraint | None
     ) -> list[Choice]:
-        mode = self._mode(request, constraint, settings)
-        request.check_mode(mode)
-        if constraint is not None and mode not in CONSTRAINT_MODES:
-            words = f"response_format needs mode {' or '.join(CONSTRAINT_MODES)}; mode is {mode}, so change one of them"
-            raise RequestError(words, param="response_format")
-        _check_count(request, settings.limits)
+        mode = self._mode(request, settings)
         sources = request.prompt_list if isinstance(request, CompletionRequest) else [""]
-        prompts, ends = self._prompts(request)
-        values = self._values(request, mode, (*request.stop_strings, *ends), settings)
+        values = self._values(request, mode, (*request.stop_strings, *prompts.stops), settings)
         seed = _seed(request, mode, settings)
         logprobs, prompt_logprobs = _logprobs(request)
         choices: list[Choice] = []
-        for given, prompt in zip(sources, prompts, strict=True):
+        for given, prompt in zip(sources, prompts.tokens, strict=True):
             values["max_new_tokens"] = self._new_tokens(request, len(prompt), settings.limits)
             engine_requests = [
                 EngineRequest(
@@ -102,24 +115,51 @@ class ChoiceBuilder:
             echo = self._echo(given, prompt) if isinstance(request, CompletionRequest) and request.echo else ""
             for number, engine_request in enumerate(engine_requests):
                 choices.append(
-                    Choice(len(choices), engine_request, seed + number, echo, strip_leading_space=bool(ends))
+                    Choice(
+                        len(choices),
+                        engine_request,
+                        seed + number,
+                        echo,
+                        strip_leading_space=bool(prompts.stops),
+                        reply_format=prompts.reply_format,
+                        constraint_field=request.constraint_field,
+                    )
                 )
         _check_scores(request, choices)
         return choices
 
-    def _prompts(self, request: GenerationRequest) -> tuple[list[list[int]], tuple[str, ...]]:
-        """Token ids of each prompt, and the stop strings of the plain chat format."""
+    def prompts(self, request: GenerationRequest, settings: ServerSettings) -> Prompts:
+        """Encodes the prompts of a request, after the checks that need no tokens.
+
+        Raises:
+            RequestError: The request is invalid. The error names the field and the reason.
+        """
+        mode = self._mode(request, settings)
+        request.check_mode(mode)
+        if request.constrained and mode not in CONSTRAINT_MODES:
+            field = request.constraint_field
+            words = f"{field} needs mode {' or '.join(CONSTRAINT_MODES)}; mode is {mode}, so change one of them"
+            raise RequestError(words, param=field)
+        _check_count(request, settings.limits)
         self._check_characters(request)
-        if isinstance(request, ChatCompletionRequest):
-            tokens, ends = self.tokenizer.encode_chat(request.messages)
-            return [tokens], ends
-        return [self.tokenizer.encode_prompt(prompt) for prompt in request.prompt_list], ()
+        if isinstance(request, CompletionRequest):
+            return Prompts([self.tokenizer.encode_prompt(prompt) for prompt in request.prompt_list])
+        prompt = self.tokenizer.encode_chat(request.conversation)
+        template = template_text(self.tokenizer.tokenizer)
+        reply_format = ReplyFormat(
+            reasoning=has_reasoning(settings.reasoning_parser, template),
+            opening=prompt.opening,
+            calls=tool_parser(settings.tool_parser, template),
+            tool_use=request.tool_use,
+        )
+        return Prompts([prompt.tokens], prompt.stops, reply_format)
 
     def _check_characters(self, request: GenerationRequest) -> None:
         """Raises RequestError if a text is too long for any tokens that fit. Encoding it would delay other requests."""
         most = self.engine.stats.max_seq_len
         if isinstance(request, ChatCompletionRequest):
             longest = sum(len(message.text) for message in request.messages)
+            longest += sum(len(json.dumps(tool)) for tool in request.tool_use.definitions)
         else:
             longest = max((len(prompt) for prompt in request.prompt_list if isinstance(prompt, str)), default=0)
         allowed = self.tokenizer.longest_text(most)
@@ -135,12 +175,12 @@ class ChoiceBuilder:
         """The prompt as the response repeats it: the text of the request, or all of the text of its tokens."""
         return given if isinstance(given, str) else self.tokenizer.decode(prompt)
 
-    def _mode(self, request: BaseRequest, constraint: Constraint | None, settings: ServerSettings) -> str:
+    def _mode(self, request: BaseRequest, settings: ServerSettings) -> str:
         mode = request.mode or str(settings.decoding["mode"])
         if mode not in ("ar", AUTO) and self._ar_only:
             words = f"mode is {mode}; this server has only the context tower, so use mode ar"
             raise RequestError(words, param="mode" if request.mode else None)
-        if constraint is not None and request.mode is None and mode not in CONSTRAINT_MODES:
+        if request.constrained and request.mode is None and mode not in CONSTRAINT_MODES:
             return self._structured_mode
         return mode
 
@@ -191,26 +231,6 @@ class ChoiceBuilder:
         most = room if limits.output_tokens is None else min(room, limits.output_tokens)
         # At least one token, so that the engine rejects a prompt that leaves no room.
         return max(1, most if wanted is None else min(wanted, most))
-
-
-def build_constraint(tokenizer: TokenizerAdapter, response_format: ResponseFormat | None) -> Constraint | None:
-    """Builds the constraint of a response format; None: no constraint.
-
-    Raises:
-        RequestError: The format is invalid.
-    """
-    if response_format is None or response_format.type == "text":
-        return None
-    try:
-        return Constraint(
-            tokenizer.tokenizer,
-            json_schema=None if response_format.json_schema is None else response_format.json_schema.json_schema,
-            json_object=response_format.type == "json_object",
-            regex=response_format.regex,
-            grammar=response_format.grammar,
-        )
-    except ArgumentError as error:
-        raise request_error(error, "response_format") from None
 
 
 def _check_count(request: GenerationRequest, limits: Limits) -> None:

@@ -96,9 +96,13 @@ class Message(StrictModel):
 
     @property
     def template_fields(self) -> dict[str, object]:
-        """The message for a chat template: role, text, and all other fields that are not null."""
+        """The message for a chat template: role, text, and all other fields that are not null.
+
+        `reasoning` is another name of `reasoning_content`, which is the name that templates read.
+        """
         dumped = self.model_dump(mode="json", exclude_none=True, exclude={"role", "content"})
-        return {"role": self.role, "content": self.text} | dumped
+        reasoning = {"reasoning_content": self.reasoning} if self.reasoning is not None else {}
+        return {"role": self.role, "content": self.text} | reasoning | dumped
 
     @property
     def fields_for_templates_only(self) -> list[str]:

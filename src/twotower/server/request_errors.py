@@ -5,6 +5,7 @@ from __future__ import annotations
 from twotower.decoding.output import Generation
 from twotower.errors import ArgumentError, LengthError, TwoTowerError
 
+CONSTRAINT_FIELDS = ("response_format", "tool_choice", "tools")
 MAX_MESSAGE_LENGTH = 1000  # a message may repeat a part of the request
 
 
@@ -40,17 +41,20 @@ def request_error(error: Exception, field: str | None = None) -> RequestError:
     """Converts an error of the engine. field: the request's field for the parameter of an `ArgumentError`."""
     if isinstance(error, ArgumentError):
         # The message about a format names only a part of the field.
-        message = f"{field}: {error}" if field == "response_format" else str(error)
+        message = f"{field}: {error}" if field in CONSTRAINT_FIELDS else str(error)
         return RequestError(message, param=field)
     if isinstance(error, TwoTowerError):
         return RequestError(str(error), status=503, code="engine", retry_after=5)
     return RequestError(f"the request failed: {type(error).__name__}", status=500, code="failed")
 
 
-def result_error(result: Generation) -> RequestError:
-    """The error of a result with finish_reason "error": of the client if a parameter of the request caused it."""
+def result_error(result: Generation, constraint_field: str) -> RequestError:
+    """The error of a result with finish_reason "error": of the client if a parameter of the request caused it.
+
+    constraint_field: the field of the request that constrains the text.
+    """
     if result.error_param:
-        field = "response_format" if result.error_param == "constraint" else None
+        field = constraint_field if result.error_param == "constraint" else None
         return RequestError(result.error if field is None else f"{field}: {result.error}", param=field)
     return RequestError(f"the request failed: {result.error}", status=500, code="failed")
 

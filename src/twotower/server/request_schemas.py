@@ -6,22 +6,23 @@ OpenAI API that are not supported here. Such a field is accepted with a value th
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Literal, Self
+from functools import cached_property
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field
 
 from twotower.decoding.modes import MODES_OF_FIELD, Mode
+from twotower.server.conversation import Conversation, ToolUse
+from twotower.server.format_schemas import ResponseFormat, StreamOptions
 from twotower.server.message_schemas import Message
 from twotower.server.request_errors import RequestError
 from twotower.server.strict_model import JsonInteger, StrictModel, same_json
+from twotower.server.tool_schemas import ToolChoice, ToolList, tool_use
 
 # Bounds of what the server reads before it knows how many tokens a request has.
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024
 MAX_PROMPT_TOKENS = 2**20
-# Characters of a format. The time to compile a regular expression, also in a grammar, grows with the square.
-MAX_FORMAT_SIZE = {"json_schema": 2**16, "regex": 2**12, "grammar": 2**14}
 MAX_NAME_LENGTH = 1024
 
 ModeName = Literal[Mode, "auto"]
@@ -68,58 +69,6 @@ UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
     "prompt_cache_key": (),
     "safety_identifier": (),
 }
-
-
-class StreamOptions(StrictModel):
-    """Options of a stream."""
-
-    include_usage: bool = Field(False, description="Send a last chunk with the usage of the whole request.")
-    include_obfuscation: Literal[False] = False
-
-
-class JsonSchema(StrictModel):
-    """A JSON schema that the text must match."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), populate_by_name=True)
-
-    name: str = ""
-    description: str | None = None
-    json_schema: dict[str, object] | None = Field(default=None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(StrictModel):
-    """Format of the text: text (no constraint), json_object or json_schema.
-
-    Beyond the OpenAI API: regex (a regular expression) and grammar (a Lark grammar). Formats other than text need mode
-    ar or verified.
-    """
-
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
-    json_schema: JsonSchema | None = None
-    regex: str | None = None
-    grammar: str | None = None
-
-    @model_validator(mode="after")
-    def _check_type(self) -> Self:
-        for part in ("json_schema", "regex", "grammar"):
-            if (getattr(self, part) is not None) != (self.type == part):
-                raise ValueError(f'must have "{part}" if and only if "type" is "{part}"')
-        if self.json_schema is not None and self.json_schema.json_schema is None:
-            raise ValueError('must have a "schema" in "json_schema"')
-        most = MAX_FORMAT_SIZE.get(self.type, 0)
-        if (size := self._size()) > most:
-            raise ValueError(f"has a {self.type} of {size} characters; at most {most} are allowed")
-        return self
-
-    def _size(self) -> int:
-        """Characters of the schema, expression or grammar."""
-        if self.json_schema is None:
-            return len(self.regex or self.grammar or "")
-        try:
-            return len(json.dumps(self.json_schema.json_schema))
-        except RecursionError:
-            raise ValueError("is nested too deeply") from None
 
 
 class BaseRequest(StrictModel):
@@ -180,7 +129,9 @@ class BaseRequest(StrictModel):
                 raise RequestError("knob is the old name of policy_value; give only policy_value", param="knob")
             fields = {"policy_value" if name == "knob" else name: value for name, value in fields.items()}
         kept = super().enabled_fields(fields)
-        for name in UNSUPPORTED_FIELDS.keys() - cls.model_fields.keys():
+        for name in UNSUPPORTED_FIELDS:
+            if name in cls.model_fields:
+                continue
             value = kept.pop(name, None)
             if value is not None and not any(same_json(value, off) for off in UNSUPPORTED_FIELDS[name]):
                 raise RequestError(f"{name} is not supported; omit it", param=name, code="unsupported")
@@ -206,7 +157,7 @@ class BaseRequest(StrictModel):
 
     def field_of(self, param: str | None) -> str | None:
         """The field that sets a parameter of `GenerationParams` or of the engine's `Request`; None: no field does."""
-        own = {"constraint": "response_format", "prompt": self.prompt_field, "prompt_logprobs": "echo"}
+        own = {"constraint": self.constraint_field, "prompt": self.prompt_field, "prompt_logprobs": "echo"}
         if param == "max_new_tokens":
             return self.length_field or self.prompt_field  # without a length, only the prompt can be too long
         field = None if param is None else (own | FIELD_OF_PARAMETER).get(param, param)
@@ -216,6 +167,16 @@ class BaseRequest(StrictModel):
     def prompt_field(self) -> str:
         """Name of the field with the prompt."""
         raise NotImplementedError
+
+    @property
+    def constraint_field(self) -> str:
+        """Name of the field that constrains the text."""
+        return "response_format"
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a field constrains the text."""
+        return self.response_format is not None and self.response_format.type != "text"
 
     @property
     def length_field(self) -> str | None:
@@ -278,10 +239,38 @@ class ChatCompletionRequest(BaseRequest):
     max_completion_tokens: JsonInteger | None = Field(None, ge=0, description="The newer name of max_tokens.")
     logprobs: bool = Field(False, description="Return log-probabilities of the AR model, in every mode.")
     top_logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="Number of alternatives for each token.")
+    tools: ToolList = Field([], description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="none: no calls; auto: the model decides, the default; required, or a named function: forced "
+        "calls, in mode ar or verified.",
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call. Default: true.")
+    chat_template_kwargs: dict[str, object] = Field(
+        {}, description="Further variables of the chat template, such as enable_thinking."
+    )
 
     @property
     def prompt_field(self) -> str:
         return "messages"
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """The tools and how the reply may call them. See `tool_use` of `tool_schemas` for errors."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The chat in the form of all routes."""
+        return Conversation(self.messages, self.tool_use, self.chat_template_kwargs)
+
+    @property
+    def constraint_field(self) -> str:
+        return "tool_choice" if self.tool_use.forced else super().constraint_field
+
+    @property
+    def constrained(self) -> bool:
+        return self.tool_use.forced or super().constrained
 
     @property
     def length_field(self) -> str | None:

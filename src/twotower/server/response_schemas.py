@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(BaseModel):
@@ -118,12 +118,45 @@ class CompletionChoice(BaseModel):
     decoding: DecodingStats | None = None
 
 
+class CalledFunction(BaseModel):
+    """A call of a function. arguments: the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class CompletedCall(BaseModel):
+    """A tool call. A message with role tool answers it by its id."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
-    """The reply of the assistant."""
+    """The reply of the assistant. content: null if the reply has only calls."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CompletedCall] | None = None
+
+
+class FunctionDelta(BaseModel):
+    """The new part of a call: the name once, and pieces of the arguments."""
+
+    name: str | None = None
+    arguments: str = ""
+
+
+class ToolCallDelta(BaseModel):
+    """The new part of the tool call `index`; id and type come with its first part."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
 
 
 class ChoiceDelta(BaseModel):
@@ -131,6 +164,8 @@ class ChoiceDelta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChoice(BaseModel):

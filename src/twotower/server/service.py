@@ -11,8 +11,9 @@ from contextlib import aclosing, contextmanager
 from twotower.decoding.output import Event, Generation
 from twotower.engine import AsyncLLM
 from twotower.server.choice_events import choice_events
-from twotower.server.choices import Choice, ChoiceBuilder, build_constraint
+from twotower.server.choices import Choice, ChoiceBuilder
 from twotower.server.concurrency import ConcurrencyLimiter
+from twotower.server.constraints import build_constraint
 from twotower.server.metrics import Metrics
 from twotower.server.readiness import Readiness
 from twotower.server.request_errors import RequestError
@@ -49,10 +50,15 @@ class Service:
         if request.model is not None:
             self.check_model_name(request.model)
         loop = asyncio.get_running_loop()
-        constraint = await loop.run_in_executor(
-            self._compiling, build_constraint, self.tokenizer, request.response_format
+        prompts, constraint = None, None
+        if request.constrained:  # the constraint depends on the reasoning, which the prompt may begin
+            prompts = await loop.run_in_executor(self._tokenizing, self._builder.prompts, request, self.settings)
+            constraint = await loop.run_in_executor(
+                self._compiling, build_constraint, self.tokenizer, request.response_format, prompts.reply_format
+            )
+        return await loop.run_in_executor(
+            self._tokenizing, self._builder.build, request, self.settings, prompts, constraint
         )
-        return await loop.run_in_executor(self._tokenizing, self._builder.build, request, constraint, self.settings)
 
     def check_model_name(self, model: str) -> None:
         """Raises RequestError (404) unless this is the name of the served model, or its hub id."""

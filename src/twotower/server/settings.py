@@ -9,6 +9,7 @@ from pathlib import Path
 
 from twotower import options
 from twotower.errors import ArgumentError
+from twotower.server.parsers.selection import check_names
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
@@ -40,6 +41,7 @@ class ServerSettings:
     log_prompts: whether the log contains prompts. aliases: further names of the model, such as its hub id.
     allowed_origins: origins whose pages may call the server from a browser; "*" means all.
     root_path: path of the server behind a reverse proxy, such as /llm; empty without one.
+    tool_parser, reasoning_parser: names of the parsers of replies (`parsers.selection`); auto: by the chat template.
     """
 
     name: str
@@ -51,6 +53,11 @@ class ServerSettings:
     aliases: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     root_path: str = ""
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_names(self.tool_parser, self.reasoning_parser)
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:

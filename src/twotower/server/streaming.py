@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
 from typing import TypeVar
@@ -13,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from twotower.decoding.output import StepEvent
+from twotower.server.choice_events import KEEPALIVE_SECONDS
 from twotower.server.choices import Choice
 from twotower.server.request_errors import ClientDisconnected, RequestError
 from twotower.server.response_builder import ResponseBuilder
@@ -72,10 +74,14 @@ async def event_stream(
         for choice in choices:
             if (chunk := builder.first_chunk(choice)) is not None:
                 yield _sse_event(chunk)
+        sent = time.monotonic()
         async with aclosing(service.events(choices)) as events:
             async for item in events:
-                if item is None:
+                # A tool call is sent when it is complete, so there may be events without a chunk for a long time.
+                if item is None or time.monotonic() - sent > KEEPALIVE_SECONDS:
                     yield b": keep-alive\n\n"
+                    sent = time.monotonic()
+                if item is None:
                     continue
                 choice, event = item
                 chunk = (
@@ -85,6 +91,7 @@ async def event_stream(
                 )
                 if chunk is not None:
                     yield _sse_event(chunk)
+                    sent = time.monotonic()
         if (chunk := builder.usage_chunk()) is not None:
             yield _sse_event(chunk)
     except RequestError as error:

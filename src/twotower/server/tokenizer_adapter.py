@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import threading
-from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Sequence
+from functools import cached_property
 
-from twotower.server.message_schemas import Message
+from twotower.server.chat_prompts import check_template_fields, plain_prompt, template_text, templated_prompt
+from twotower.server.conversation import ChatPrompt, Conversation
+from twotower.server.parsers.thinking import opening_of
 from twotower.server.request_errors import RequestError
 from twotower.tokenizer import Tokenizer, longest_token
-
-MAX_FIELD_NAME = 64
-ROLE_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
 
 class TokenizerAdapter:
@@ -30,6 +28,7 @@ class TokenizerAdapter:
         self._encoder = copy.deepcopy(tokenizer)
         self._encoder_lock = threading.Lock()
         self._bytes: dict[int, bytes] = {}  # cache of `token_bytes`
+        self._special_markers: dict[tuple[str, ...], dict[int, str]] = {}  # cache of `special_markers`
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt, which is a text or token ids.
@@ -39,30 +38,20 @@ class TokenizerAdapter:
         """
         return self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
 
-    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
-        """Token ids of a chat up to the assistant's reply, and the stop strings that end the reply.
+    def encode_chat(self, conversation: Conversation) -> ChatPrompt:
+        """The prompt of a chat up to the assistant's reply.
 
-        Uses the chat template of the tokenizer. Without a template, a turn is written as `Role: text`, and the role
-        names are the stop strings.
+        Uses the chat template of the tokenizer, or else a plain format. See `chat_prompts`.
 
         Raises:
             RequestError: The template rejects the messages, or a text has a lone surrogate.
         """
-        template = _template_text(getattr(self.tokenizer, "chat_template", None))
-        check_template_fields(messages, template)
-        if template:
-            turns = [message.template_fields for message in messages]
-            try:
-                text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            except Exception as error:  # a template can raise any error
-                reason = " ".join(f"{error}".split())
-                raise RequestError(
-                    f"the chat template of the model rejects these messages: {reason}", param="messages"
-                ) from None
-            return self._encode(text, False, "messages"), ()
-        lines = [f"{ROLE_NAMES[message.role]}: {message.text.strip()}".rstrip() for message in messages]
-        ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(ROLE_NAMES.values()))
-        return self._encode("\n".join([*lines, "Assistant:"]), True, "messages"), ends
+        if template_text(self.tokenizer):
+            text = templated_prompt(self.tokenizer, conversation)
+            return ChatPrompt(self._encode(text, False, "messages"), (), opening_of(text))
+        check_template_fields(conversation.messages, "")
+        text, stops = plain_prompt(conversation.messages)
+        return ChatPrompt(self._encode(text, True, "messages"), stops)
 
     def longest_text(self, tokens: int) -> int:
         """An upper limit of the characters of a text with so many tokens. Longer texts need not be encoded."""
@@ -77,6 +66,16 @@ class TokenizerAdapter:
         if self.tokenizer.decode([token], skip_special_tokens=True):
             return None
         return self.tokenizer.decode([token], skip_special_tokens=False) or None
+
+    def special_markers(self, texts: tuple[str, ...]) -> dict[int, str]:
+        """Those of the texts that are special tokens, by token. Texts of responses leave special tokens out."""
+        if texts not in self._special_markers:
+            vocabulary = self.tokenizer.get_vocab() if texts else {}
+            tokens = {vocabulary[text]: text for text in texts if text in vocabulary}
+            self._special_markers[texts] = {
+                token: text for token, text in tokens.items() if self.special_text(token) is not None
+            }
+        return self._special_markers[texts]
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of one token."""
@@ -120,37 +119,6 @@ class TokenizerAdapter:
         decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
         steps = (decoder or {}).get("decoders", [decoder or {}])
         return any(step.get("type") == "ByteLevel" for step in steps)
-
-
-def check_template_fields(messages: Sequence[Message], template: str) -> None:
-    """Raises RequestError if a message has a role or a field whose meaning is lost without a template that reads it."""
-    for number, message in enumerate(messages):
-        if message.role == "tool" and not _reads(template, "tool"):
-            raise RequestError(
-                f'messages.{number}.role is "tool", which the chat template of this model does not read; omit the turn',
-                param="messages",
-                code="unsupported",
-            )
-        for name in message.fields_for_templates_only:
-            if not _reads(template, name):
-                raise RequestError(
-                    f"messages.{number}.{name} is a field that the chat template of this model does not read; omit it",
-                    param="messages",
-                    code="unsupported",
-                )
-
-
-@lru_cache(maxsize=256)
-def _reads(template: str, name: str) -> bool:
-    """Whether a chat template contains the name of a field or role."""
-    return len(name) <= MAX_FIELD_NAME and re.search(rf"\b{re.escape(name)}\b", template) is not None
-
-
-def _template_text(template: object) -> str:
-    """The text of a tokenizer's chat template, or of all its templates."""
-    if isinstance(template, Mapping):
-        return "\n".join(map(str, template.values()))
-    return str(template or "")
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -1,0 +1,54 @@
+"""A chat as all routes give it to the model: turns, tools and arguments of the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from twotower.server.message_schemas import Message
+from twotower.server.parsers.pieces import Tool
+from twotower.server.parsers.thinking import Opening
+
+CallRule = Literal["none", "auto", "required", "named"]
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools of a request.
+
+    tools: the functions that the reply may call. definitions: the tools in the form of the OpenAI API, for the chat
+    template. rule: none: no calls; auto: the model decides; required: at least one call; named: a call of the only
+    tool. parallel: whether the reply may have several calls.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    definitions: tuple[Mapping[str, object], ...] = ()
+    rule: CallRule = "none"
+    parallel: bool = True
+
+    @property
+    def forced(self) -> bool:
+        """Whether the reply must consist of calls."""
+        return self.rule in ("required", "named")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of a chat and everything else that its prompt depends on."""
+
+    messages: Sequence[Message]
+    tool_use: ToolUse = field(default_factory=ToolUse)
+    template_arguments: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """The prompt of a chat, up to the reply.
+
+    stops: strings that end the reply, if there is no chat template. opening: what the prompt has of the reasoning.
+    """
+
+    tokens: list[int]
+    stops: tuple[str, ...] = ()
+    opening: Opening = "none"

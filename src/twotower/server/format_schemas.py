@@ -1,0 +1,65 @@
+"""The fields of a request about the form of its response."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from twotower.server.strict_model import StrictModel
+
+# Characters of a format. The time to compile a regular expression, also in a grammar, grows with the square.
+MAX_FORMAT_SIZE = {"json_schema": 2**16, "regex": 2**12, "grammar": 2**14}
+
+
+class StreamOptions(StrictModel):
+    """Options of a stream."""
+
+    include_usage: bool = Field(False, description="Send a last chunk with the usage of the whole request.")
+    include_obfuscation: Literal[False] = False
+
+
+class JsonSchema(StrictModel):
+    """A JSON schema that the text must match."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), populate_by_name=True)
+
+    name: str = ""
+    description: str | None = None
+    json_schema: dict[str, object] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    """Format of the text: text (no constraint), json_object or json_schema.
+
+    Beyond the OpenAI API: regex (a regular expression) and grammar (a Lark grammar). Formats other than text need mode
+    ar or verified.
+    """
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _check_type(self) -> Self:
+        for part in ("json_schema", "regex", "grammar"):
+            if (getattr(self, part) is not None) != (self.type == part):
+                raise ValueError(f'must have "{part}" if and only if "type" is "{part}"')
+        if self.json_schema is not None and self.json_schema.json_schema is None:
+            raise ValueError('must have a "schema" in "json_schema"')
+        most = MAX_FORMAT_SIZE.get(self.type, 0)
+        if (size := self._size()) > most:
+            raise ValueError(f"has a {self.type} of {size} characters; at most {most} are allowed")
+        return self
+
+    def _size(self) -> int:
+        """Characters of the schema, expression or grammar."""
+        if self.json_schema is None:
+            return len(self.regex or self.grammar or "")
+        try:
+            return len(json.dumps(self.json_schema.json_schema))
+        except RecursionError:
+            raise ValueError("is nested too deeply") from None

@@ -1,0 +1,44 @@
+"""Pydantic AI: its default output, which is a forced call, tools, and streams."""
+
+import asyncio
+import sys
+from typing import Literal
+
+from pydantic import BaseModel
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.providers.openai import OpenAIProvider
+from pydantic_ai.usage import UsageLimits
+
+model = OpenAIChatModel("small", provider=OpenAIProvider(base_url=sys.argv[1], api_key="x"))
+limits = UsageLimits(request_limit=4)
+
+
+class Trip(BaseModel):
+    """A trip."""
+
+    city: Literal["Ulm", "Bonn"]
+    days: Literal[1, 2]
+
+
+planner = Agent(model, output_type=Trip, retries=0)
+assert isinstance(planner.run_sync("A trip to Ulm.", usage_limits=limits).output, Trip)
+
+agent = Agent(model, retries=0)
+
+
+@agent.tool_plain
+def weather(city: str) -> str:
+    """The weather of a city."""
+    return f"21 degrees in {city}"
+
+
+assert "21" in agent.run_sync("Is it warm in Ulm?", usage_limits=limits).output
+
+
+async def streamed() -> Trip:
+    async with planner.run_stream("A trip to Ulm.", usage_limits=limits) as result:
+        return await result.get_output()
+
+
+assert isinstance(asyncio.run(streamed()), Trip)
