@@ -23,7 +23,7 @@ LONGEST, MOST_NEW = 37, 24
 SHIFTED = ["shift", "shift-prefix", "everywhere-shift"]
 AFTER_TEXT = [*SHIFTED, "first"]  # diffusion begins a block with the last token of the text
 FORMS = [
-    pytest.param(8, id="short"),
+    pytest.param(6, id="short"),
     pytest.param(90, id="full", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
 ]
 
@@ -73,7 +73,7 @@ def sizes() -> Iterator[tuple[int, int]]:
             yield size, length
 
 
-SOME = [(1, 1), (1, 2), (2, 1), (3, 4), (5, 4), (5, 5), (16, 2), (32, 1)]
+SOME = [(1, 2), (2, 1), (3, 4), (5, 5), (32, 1)]
 MATRICES = [
     pytest.param(SOME, id="short"),
     pytest.param(list(sizes()), id="full", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
