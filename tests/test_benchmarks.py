@@ -15,7 +15,7 @@ import pytest
 import torch
 from packed import MASK, case
 from preloaded import run_script
-from tiny_backbones import save
+from tiny_backbones import save, two_tower
 
 from twotower import TwoTowerConfig
 from twotower.checkpoint.convert import convert
@@ -372,6 +372,19 @@ def test_serve() -> None:
         assert 0 < row["of_engine"] < 2
     assert facts["busy_at_the_end"] == 0
     assert facts["exit_code"] == 0
+
+
+def test_round_cost(tmp_path: Path) -> None:
+    two_tower("nemotron_h", torch.float32, rank=4).save_pretrained(tmp_path)
+    arguments = "--quick", "--width", "2", "--width", "5", "--weights", "float32", "--weights", "int8-activations"
+    facts = bench("round_cost", "--model", str(tmp_path), *arguments)
+    assert [found["weights"] for found in facts["measured"]] == ["float32", "int8-activations"]
+    for found in facts["measured"]:
+        assert [row["width"] for row in found["rounds"]] == [2, 5]
+        for row in found["rounds"]:
+            assert math.isfinite(row["host_ms"])
+            assert row["steps"] == pytest.approx(row["ms"] / found["step_ms"])
+            assert row["adapters"] > 0
 
 
 def test_overhead() -> None:

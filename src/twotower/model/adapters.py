@@ -8,7 +8,7 @@ in the autoregressive model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -16,16 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twotower.ops.cpu.packed_weights import PackedWeight
+
 _POSITIONS: ContextVar[Tensor | None] = ContextVar("adapted positions", default=None)
 
 
 class LowRank(nn.Module):
-    """The update x·Aᵀ·Bᵀ of a linear layer: a (r, in), b (out, r) (LoRA; Hu et al. 2021, arXiv 2106.09685)."""
+    """The update x·Aᵀ·Bᵀ of a linear layer: a (r, in), b (out, r) (LoRA; Hu et al. 2021, arXiv 2106.09685).
+
+    packed_a, packed_b: the packed copies, as in `Linear`.
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.empty(rank, in_features))
         self.b = nn.Parameter(torch.empty(out_features, rank))
+        self.packed_a, self.packed_b = PackedWeight(), PackedWeight()
 
     def reset_parameters(self) -> None:
         """a ~ N(0, 1 / in), b = 0: no update."""
@@ -42,6 +48,11 @@ class LowRank(nn.Module):
         """
         low = F.linear(x, self.a) * positions.reshape(*x.shape[:-1], 1)
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.b.t()).view_as(out)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
+        super()._apply(fn, recurse)
+        self.packed_a.get(self.a), self.packed_b.get(self.b)  # as in `Linear`
+        return self
 
 
 class MaskEmbedding(nn.Module):

@@ -41,7 +41,7 @@ class Decoder(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("pass_options", "layer_options", "weights", "packed", "scales")),
         *((name, ctypes.c_void_p) for name in ("inputs", "ropes", "norm_f", "embeddings")),
         *((name, ctypes.c_void_p) for name in ("head", "head_packed", "head_scale", "head_bias")),
-        *((name, ctypes.c_void_p) for name in ("slots", "a", "b", "mask_embedding", "lengths")),
+        *((name, ctypes.c_void_p) for name in ("slots", "a", "b", "packed_a", "packed_b", "mask_embedding", "lengths")),
         *((name, ctypes.c_int64) for name in ("vocab", "rank", "mask_token")),
         ("embedding_factor", ctypes.c_float),
     ]
@@ -166,7 +166,7 @@ class DecodePass:
             own = self._decoder
             own.weights, own.packed, own.scales = weights.addresses
             own.norm_f, own.embeddings = weights.norm_f, tower.embeddings.weight.data_ptr()
-            own.a, own.b = weights.adapters
+            own.a, own.b, own.packed_a, own.packed_b = weights.adapters
             own.rank = weights.rank
             if tower.mask_embedding is not None:
                 own.mask_embedding, own.mask_token = tower.mask_embedding.weight.data_ptr(), tower.mask_embedding.token

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower import options
-from twotower.model.linear import Linear, TiedHead
+from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.moe import Experts
 from twotower.ops.cpu import huge_pages, kernels
 from twotower.ops.cpu.packed_weights import PackedWeight, packed_size
@@ -24,11 +24,16 @@ MAX_MEMORY_FRACTION = 0.5  # of the free memory, for packing without a request
 
 
 def packable_weights(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
-    """The weights that packing speeds up, each with the holder of its packed copy."""
+    """The weights that packing speeds up, each with the holder of its packed copy, in the order of a pass."""
     for module in model.modules():
+        adapter = module.adapter if isinstance(module, Linear | Int8Linear | Int4Linear) else None
+        if adapter is not None:
+            yield adapter.a, adapter.packed_a
         if isinstance(module, Linear | TiedHead):
             yield module.weight, module.packed
-        elif isinstance(module, Experts):
+        if adapter is not None:
+            yield adapter.b, adapter.packed_b
+        if isinstance(module, Experts):
             if module.gated:
                 yield module.gate_proj, module.packed_gate
             yield module.up_proj, module.packed_up

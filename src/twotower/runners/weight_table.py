@@ -67,7 +67,8 @@ class WeightTable:
 
     fits: whether all weights have the dtypes and layouts that the C++ pass reads. all_packed: whether all packable
     weights are packed. storage: of the weights of products. addresses: of three tables: the weights, the packed weights
-    and the scales. adapters: of two tables, the matrices a and b of adapters; rank: of these, 0 without any.
+    and the scales. adapters: of four tables, the matrices a and b of adapters, unpacked and packed (`AdapterTables` in
+    layers.h); rank: of these, 0 without any.
     int8_activations: of all quantised weights.
     """
 
@@ -88,23 +89,33 @@ class WeightTable:
             if copy is not None:
                 self._table[entry.slot + size] = copy.data_ptr()
                 self._packed.append(entry.tensor)
-        self._adapters = np.zeros(2 * size, np.uintp)
+        self._packed_data = list(map(_packed_data, self._copies))
+        self.all_packed = all(copy is not None for copy in self._packed_data)
+        self._adapters = np.zeros(4 * size, np.uintp)
         self.rank = 0
         for entry in entries:
             if entry.adapter is not None:
-                a, b = entry.adapter.a, entry.adapter.b
-                self.fits = self.fits and all(part.dtype == self.dtype and part.is_contiguous() for part in (a, b))
-                self.rank = a.shape[0]
-                slot = entry.slot % size
-                self._adapters[slot], self._adapters[slot + size] = a.data_ptr(), b.data_ptr()
+                self._add_adapter(entry.adapter, entry.slot % size, size)
         self._versions = list(map(_version_of, self._packed))
-        self._packed_data = list(map(_packed_data, self._copies))
-        self.all_packed = all(copy is not None for copy in self._packed_data)
         quantized = plan.int8 or plan.int4
         self.storage: Storage = "rows" if not self.all_packed else "quantized" if quantized else "packed"
         self.norm_f = tower.norm_f.weight.data_ptr()
         self.addresses = [self._table.ctypes.data + part * size * self._table.itemsize for part in range(3)]
-        self.adapters = [self._adapters.ctypes.data + part * size * self._adapters.itemsize for part in range(2)]
+        self.adapters = [self._adapters.ctypes.data + part * size * self._adapters.itemsize for part in range(4)]
+
+    def _add_adapter(self, adapter: LowRank, slot: int, size: int) -> None:
+        """Fills in the addresses of the matrices of an adapter. size: the length of one table."""
+        self.rank = adapter.a.shape[0]
+        parts = (adapter.a, adapter.packed_a), (adapter.b, adapter.packed_b)
+        for place, (matrix, packed) in zip((slot, slot + size), parts, strict=True):
+            self.fits = self.fits and matrix.dtype == self.dtype and matrix.is_contiguous()
+            self._adapters[place] = matrix.data_ptr()
+            copy = packed.get(matrix)
+            self._copies.append(packed)
+            self._packed_data.append(copy)
+            if copy is not None:
+                self._adapters[place + 2 * size] = copy.data_ptr()
+                self._packed.append(matrix)
 
     def is_current(self, plan: ModulePlan, dtype: torch.dtype) -> bool:
         """Whether all weights are the same tensors at the same addresses, and the packed weights are unchanged."""

@@ -17,8 +17,8 @@ struct Decoder {
     const Rotation* ropes;
     const void *norm_f, *embeddings, *head, *head_packed, *head_scale, *head_bias;
     const int64_t* slots;
-    const void *const *a, *const *b;  // of adapters, with the embedding of the mask token; null without them
-    const void* mask_embedding;
+    AdapterTables adapters;
+    const void* mask_embedding;  // null without adapters
     int64_t *lengths, vocab, rank, mask_token;
     float embedding_factor;
     long slot(long row) const { return slots ? slots[row] : row; }
@@ -60,7 +60,7 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
         for (long h = 0; h < H; h += W)
             put(x + t * H + h, rounded<T>(load<vec>(row + h, H - h) * d.embedding_factor), H - h);
     }
-    const Tables tables{d.options, d.weights, d.packed, d.scales, d.inputs, d.ropes, d.a, d.b, d.rank};
+    const Tables tables{d.options, d.weights, d.packed, d.scales, d.inputs, d.ropes, d.adapters, d.rank};
     tower(x, s, tables, of(d.norm_f), hidden, token_mask, counts, d.slots, prefix, causal, threads);
     if (!chosen) return;
     const std::unique_ptr<T[]> own(count * V > KEPT_LOGITS ? new T[count * V] : nullptr);

@@ -10,8 +10,11 @@ template <class T> struct FeedForward {
     long width;  // outputs of `up`
     int activation;
     float gate_factor = 1.0f;
+    Adapter<T> gate_adapter = {}, up_adapter = {}, down_adapter = {};
     bool gated() const { return gate.rows || gate.packed; }
-    int forms() const { return up.form() | (gated() ? gate.form() : 0); }  // of the tokens of `gate` and `up`
+    // Of the tokens of `gate` and `up`, and of those of `down`.
+    int forms() const { return up.form() | (gated() ? gate.form() : 0) | up_adapter.forms() | gate_adapter.forms(); }
+    int inner_forms() const { return down.form() | down_adapter.forms(); }
     FeedForward of(long expert, long H) const {
         FeedForward own = *this;
         if (gated()) own.gate = gate.of(expert, width, H);
@@ -23,6 +26,9 @@ template <class T> struct FeedForward {
     FeedForward aligned() const {
         FeedForward own = *this;
         if (gated() && !gate.packed != !up.packed) own.gate.packed = own.up.packed = nullptr;
+        own.gate_adapter = gate_adapter.with(own.gate);
+        own.up_adapter = up_adapter.with(own.up);
+        own.down_adapter = down_adapter.with(own.down);
         return own;
     }
 };
@@ -30,10 +36,10 @@ template <class T> struct FeedForward {
 constexpr long PART = 1 << 14;  // values of `up` that a thread computes before the activation: they stay in the cache
 
 // Writes the columns of units lo…hi of `up` to `inner`, for M tokens. The products and the result are rounded to R.
-// part: a buffer of the calling thread.
+// part: a buffer of the calling thread. low_up, low_gate: a·x of adapters.
 template <class R, class T>
 inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const Tokens& x, long M, long K, const Tokens& inner,
-                       int part) {
+                       int part, const Tokens& low_up = {}, const Tokens& low_gate = {}) {
     const long unit = w.up.packed ? PANEL : 1;
     const long step = std::max(PART / std::max(M, 1L), 12L * PANEL) / unit, ld = step * unit;  // units of a part
     for (long at = lo; at < hi; at += step) {
@@ -44,6 +50,8 @@ inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const Tokens& 
         };
         matmul(w.up, w.up_bias, at, end, x, M, K, w.width, into(ups));
         if (w.gated()) matmul(w.gate, w.gate_bias, at, end, x, M, K, w.width, into(gates));
+        if (w.up_adapter) w.up_adapter.expand(low_up, w.up, at, end, w.width, ups, ld, from);
+        if (w.gate_adapter) w.gate_adapter.expand(low_gate, w.gate, at, end, w.width, gates, ld, from);
         for (long m = 0; m < M; m++) {
             const float *up = ups + m * ld, *gate = gates + m * ld;
             for (long i = 0; i < count; i += W) {
@@ -75,15 +83,26 @@ void mlp(const T* x, const FeedForward<T>& weights, T* y, long tokens, long H, i
     const FeedForward<T> w = weights.aligned();
     const long I = w.width;
     const Tokens in = tokens_of(x, tokens, H, w.forms(), threads);
-    const Tokens inner = new_tokens(1, 6, tokens, I, w.down.form());
+    const Tokens inner = new_tokens(1, 6, tokens, I, w.inner_forms());
     for (long m = 0; m < tokens; m++) inner.end_row(m, I);
+    const Adapter<T>&a = w.up_adapter, &b = w.gate_adapter, &c = w.down_adapter;
+    const Tokens low_up = a ? a.room(0) : Tokens{}, low_gate = b ? b.room(1) : Tokens{}, low = c ? c.room(2) : Tokens{};
+    const Tokens adapted = a || b ? (a ? a : b).places.gathered(in, H) : Tokens{};
     parallel(threads, tokens * I * H > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        a.reduce(adapted, H, low_up, part, parts);
+        b.reduce(adapted, H, low_gate, part, parts);
+        if (adapted) barrier(parts);
         Range own = partition(w.up.units(I), part, parts, w.up.packed ? 1 : 16);
-        feed_inner<T>(w, own.lo, own.hi, in, tokens, H, inner, 2);
+        feed_inner<T>(w, own.lo, own.hi, in, tokens, H, inner, 2, low_up, low_gate);
         round_inner(inner, tokens, I, part, parts);
+        if (c) {
+            c.reduce(c.places.gathered(inner, I), I, low, part, parts);
+            barrier(parts);
+        }
         own = partition(w.down.units(H), part, parts, w.down.packed ? 1 : 16);
         matmul(w.down, w.down_bias, own.lo, own.hi, inner, tokens, I, H,
                [&](long n, long m, auto v, long left) { put(y + m * H + n, v, left); });
+        if (c) c.expand(low, w.down, own.lo, own.hi, H, y, H);
     });
 }
 

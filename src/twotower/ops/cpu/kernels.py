@@ -55,7 +55,7 @@ SIGNATURES = {
     "state_update_": "ilppp" + "lllllll",
     "kv_append_": "ilpppppp" + "llll",
     "argmax_": "ipppplll",
-    "tower_": "ippp" + "pppppl" + "pppppppp" + "i",
+    "tower_": "ippp" + "pppppppl" + "pppppppp" + "i",
     "ar_steps_": "ipplppppp",
     "read_drafts_": "ipppppppp",
     "one_pass_rounds_": "ippppl" + "pppppp",

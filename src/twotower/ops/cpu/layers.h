@@ -48,9 +48,15 @@ enum InputPlace {
     STEP_DT, STEP_DECAY, STEP_B, INPUTS
 };
 
-// a, b: the matrices of each weight's adapter (model/adapters.py).
+// The four tables of adapters: the matrices a and b of each weight, unpacked and packed. Null without adapters.
+struct AdapterTables {
+    const void *const *a, *const *b, *const *packed_a, *const *packed_b;
+    AdapterTables of(long weights) const { return {a + weights, b + weights, packed_a + weights, packed_b + weights}; }
+};
+
 template <class T> struct LayerWeights {
-    const void *const *rows, *const *packed, *const *scales, *const *a, *const *b;
+    const void *const *rows, *const *packed, *const *scales;
+    AdapterTables adapters;
     bool int8_activations;
     const T* operator()(int i) const { return static_cast<const T*>(rows[i]); }
     const float* wide(int i) const { return static_cast<const float*>(rows[i]); }
@@ -93,6 +99,7 @@ template <class T> struct Pass {
     const uint8_t* token_mask;
     const int64_t *counts, *slots, *prefix;
     int causal, threads;
+    TokenList adapted;
     long rank, tokens, representative;  // index of a token that is not padding, if there is one
     T *first, *second;            // buffers of `widest` values a token
     T* own_keys;                  // buffer of the keys and values of a layer that the caller does not want
@@ -100,26 +107,18 @@ template <class T> struct Pass {
     float* topk_weights;
 
     Product<T> product(const LayerWeights<T>& w, int place, T* y, long N) const {
-        return {w.matrix(place), w(place + 1), y, N};
+        return {w.matrix(place), w(place + 1), y, N, adapter(w, place)};
     }
     void project(const T* x, const LayerWeights<T>& w, int place, T* y, long K, long N) const {
         linears(x, {product(w, place, y, N)}, tokens, K, threads);
-        adapt(x, w, place, y, K, N);
     }
-    bool adapts(const LayerWeights<T>& w, int place) const { return prefix && rank && w.a[place]; }
-    // y += b·(a·x) at the tokens from the first mask of each row on; both products are rounded to T.
-    void adapt(const T* x, const LayerWeights<T>& w, int place, T* y, long K, long N) const {
-        if (!adapts(w, place)) return;
-        const T *a = static_cast<const T*>(w.a[place]), *b = static_cast<const T*>(w.b[place]), *none = nullptr;
-        for (long row = 0; row < s.rows; row++) {
-            const long from = row * s.L + std::min(prefix[row], s.L), count = (row + 1) * s.L - from;
-            if (!count) continue;
-            T* low = reinterpret_cast<T*>(scratch(19, count * (rank + N)));
-            T* update = low + count * rank;
-            linear(x + from * K, {a, nullptr, nullptr}, none, low, count, K, rank, threads);
-            linear(low, {b, nullptr, nullptr}, none, update, count, rank, N, threads);
-            add(update, 1.0f, count * N, y + from * N);
-        }
+    Adapter<T> adapter(const LayerWeights<T>& w, int place) const {
+        if (!adapted.count || !rank || !w.adapters.a[place]) return {};
+        const auto matrix = [&](const void* rows, const void* packed) {
+            return Matrix<T>{static_cast<const T*>(rows), packed, nullptr};
+        };
+        const AdapterTables& own = w.adapters;
+        return {matrix(own.a[place], own.packed_a[place]), matrix(own.b[place], own.packed_b[place]), rank, adapted};
     }
     void norm(const T* x, const T* weight, T* y, long count, long width) const {
         const T* none = nullptr;
@@ -134,9 +133,6 @@ template <class T> struct Pass {
         const KVLayout at{in.at<int64_t>(START), in.at<int64_t>(STRIDE), in.at<int64_t>(LENGTHS)};
         linears(x, {product(w, Q_PROJ, q, wide), product(w, K_PROJ, k, narrow), product(w, V_PROJ, v, narrow)}, tokens,
                 s.H, threads);
-        adapt(x, w, Q_PROJ, q, s.H, wide);
-        adapt(x, w, K_PROJ, k, s.H, narrow);
-        adapt(x, w, V_PROJ, v, s.H, narrow);
         if (o.qk_norm == WIDTH_NORM) {
             norm(q, w(Q_NORM), q, tokens, wide);
             norm(k, w(K_NORM), k, tokens, narrow);
@@ -180,25 +176,11 @@ template <class T> struct Pass {
     FeedForward<T> feed_forward(const LayerWeights<T>& w, int gate, int up, int down, long width, int activation,
                                 float factor) const {
         return {w.matrix(gate), w.matrix(up), w.matrix(down), w(gate + 1), w(up + 1), w(down + 1), width, activation,
-                factor};
+                factor, adapter(w, gate), adapter(w, up), adapter(w, down)};
     }
 
     void mlp_mixer(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
-        any_mlp(x, w, GATE, UP, DOWN, feed_forward(w, GATE, UP, DOWN, o.width, int(o.activation), o.gate_factor), out);
-    }
-
-    // An MLP with or without adapters. With them, its products run one by one.
-    void any_mlp(const T* x, const LayerWeights<T>& w, int gate, int up, int down, const FeedForward<T>& f, T* out) const {
-        if (!adapts(w, up)) return mlp(x, f, out, tokens, s.H, threads);
-        T* inner = reinterpret_cast<T*>(scratch(20, tokens * f.width));
-        T* gates = f.gated() ? reinterpret_cast<T*>(scratch(21, tokens * f.width)) : nullptr;
-        project(x, w, up, inner, s.H, f.width);
-        if (gates) {
-            project(x, w, gate, gates, s.H, f.width);
-            multiply(gates, f.gate_factor, tokens * f.width);
-        }
-        activate(inner, gates, inner, tokens * f.width, f.activation);
-        project(inner, w, down, out, f.width, s.H);
+        mlp(x, feed_forward(w, GATE, UP, DOWN, o.width, int(o.activation), o.gate_factor), out, tokens, s.H, threads);
     }
 
     void moe_mixer(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
@@ -222,7 +204,7 @@ template <class T> struct Pass {
     void shared_expert(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
         const FeedForward<T> shared = feed_forward(w, SHARED_GATE, SHARED_UP, SHARED_DOWN, o.shared_width,
                                                    int(o.shared_activation), o.shared_gate_factor);
-        any_mlp(x, w, SHARED_GATE, SHARED_UP, SHARED_DOWN, shared, second);
+        mlp(x, shared, second, tokens, s.H, threads);
         const Matrix<T> scale = w.matrix(SHARED_SCALE);
         const bool scaled = scale.rows || scale.packed;
         if (scaled) linear(x, scale, (const T*)nullptr, first, tokens, s.H, 1, threads);

@@ -133,12 +133,15 @@ inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const Tokens& i
         dot_rows(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { finished(n, m, v, 0); });
 }
 
-// One of several products of the same tokens: y (tokens, N) = x·Wᵀ + bias.
+#include "low_rank.h"
+
+// One of several products of the same tokens: y (tokens, N) = x·Wᵀ + bias, plus the update of an adapter.
 template <class T> struct Product {
     Matrix<T> w;
     const T* bias;  // or null
     T* y;
     long N;
+    Adapter<T> adapter = {};
 };
 
 // Products of x (M, K) as one parallel job, because each start of the threads takes microseconds.
@@ -146,13 +149,24 @@ template <class T, int COUNT>
 void linears(const T* x, const Product<T> (&products)[COUNT], long M, long K, int threads) {
     long outputs = 0;
     int forms = 0;
-    for (const Product<T>& p : products) outputs += p.N, forms |= p.w.form();
+    for (const Product<T>& p : products) outputs += p.N, forms |= p.w.form() | p.adapter.forms();
     const Tokens in = tokens_of(x, M, K, forms, threads);
+    Tokens low[COUNT];
+    Tokens adapted;
+    for (int i = 0; i < COUNT; i++)
+        if (products[i].adapter) {
+            if (!adapted) adapted = products[i].adapter.places.gathered(in, K);
+            low[i] = products[i].adapter.with(products[i].w).room(i);
+        }
     parallel(threads, M * outputs * K > MIN_PARALLEL_WORK, [&](int part, int parts) {
-        for (const Product<T>& p : products) {
+        for (int i = 0; adapted && i < COUNT; i++) products[i].adapter.reduce(adapted, K, low[i], part, parts);
+        if (adapted) barrier(parts);
+        for (int i = 0; i < COUNT; i++) {
+            const Product<T>& p = products[i];
             const Range own = partition(p.w.units(p.N), part, parts, p.w.packed ? 1 : 16);
             matmul(p.w, p.bias, own.lo, own.hi, in, M, K, p.N,
                    [&](long n, long m, auto v, long count) { put(p.y + m * p.N + n, v, count); });
+            if (p.adapter) p.adapter.with(p.w).expand(low[i], p.w, own.lo, own.hi, p.N, p.y, p.N);
         }
     });
 }

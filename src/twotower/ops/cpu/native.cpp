@@ -114,11 +114,11 @@ void attention_(int type, const void* q, const void* k, const void* v, const uin
 // x: the embedded tokens, overwritten by the residual stream. options: of each layer. ropes: a `Rotation` for each.
 // counts, slots: see `Pass`.
 void tower_(int type, void* x, const PassOptions* pass, const LayerOptions* options, const void* const* weights,
-            const void* const* packed, const void* const* scales, const void* const* a, const void* const* b, long rank,
-            const void* const* inputs, const Rotation* ropes, const void* norm_f, void* hidden,
-            const uint8_t* token_mask, const int64_t* counts, const int64_t* slots, const int64_t* prefix, int causal,
-            int threads) {
-    const Tables tables{options, weights, packed, scales, inputs, ropes, a, b, rank};
+            const void* const* packed, const void* const* scales, const void* const* a, const void* const* b,
+            const void* const* packed_a, const void* const* packed_b, long rank, const void* const* inputs,
+            const Rotation* ropes, const void* norm_f, void* hidden, const uint8_t* token_mask, const int64_t* counts,
+            const int64_t* slots, const int64_t* prefix, int causal, int threads) {
+    const Tables tables{options, weights, packed, scales, inputs, ropes, {a, b, packed_a, packed_b}, rank};
     if (type && pass->wide) {
         using T = bf16;
         tower(static_cast<float*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, counts, slots, prefix, causal,

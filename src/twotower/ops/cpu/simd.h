@@ -281,11 +281,11 @@ inline Range partition(long n, int part, int parts, long grain = 1) {  // in mul
     return {std::min(n, units * part / parts * grain), std::min(n, units * (part + 1) / parts * grain)};
 }
 
-// Per-thread buffers that are kept between calls, so that loops do not allocate. 8 to 13, 15 and 19 to 21 belong to the
-// pass of a tower (tower.h), 16 to 18 to decoding (decode.h), the others to the kernel that runs. A larger request moves a
-// buffer.
+// Per-thread buffers that are kept between calls, so that loops do not allocate. 8 to 13 and 15 belong to
+// the pass of a tower (tower.h), 16 to 18 to decoding (decode.h), 19 to 22 to adapters (low_rank.h), the others to the
+// kernel that runs. A larger request moves a buffer.
 inline float* scratch(int which, long floats) {
-    static thread_local std::vector<float> buffers[22];
+    static thread_local std::vector<float> buffers[23];
     std::vector<float>& buffer = buffers[which];
     if (long(buffer.size()) < floats + 16) buffer.resize(floats + 16);
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);  // on a cache line

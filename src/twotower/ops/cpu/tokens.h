@@ -19,10 +19,11 @@ template <class T> inline void upcast_row(const T* x, long K, float* to) {
 
 // Rows of `ld` values in each form that is not null; of `rounded.ld` in int8.
 struct Tokens {
-    float* wide;
-    bf16* narrow;
-    long ld;
+    float* wide = nullptr;
+    bf16* narrow = nullptr;
+    long ld = 0;
     RoundedTokens rounded;
+    explicit operator bool() const { return wide || narrow; }
     Tokens from(long m) const {
         return {wide ? wide + m * ld : nullptr, narrow ? narrow + m * ld : nullptr, ld,
                 rounded ? rounded.from(m) : rounded};
@@ -38,8 +39,8 @@ struct Tokens {
             if (narrow) std::memcpy(narrow + m * ld, x, K * sizeof(bf16));
         end_row(m, K);
     }
-    // Columns c…c + count of a row, rounded to bf16 in that form.
-    void put(long m, long c, vec v, long count) const {
+    // Columns c…c + count of a row, rounded to bf16 in that form; v is a float, a vec4 or a vec.
+    template <class V> void put(long m, long c, V v, long count) const {
         if (wide) ::put(wide + m * ld + c, v, count);
         if (narrow) ::put(narrow + m * ld + c, v, count);
     }

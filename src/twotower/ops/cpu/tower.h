@@ -7,9 +7,18 @@ struct Tables {
     const LayerOptions* options;
     const void *const *weights, *const *packed, *const *scales, *const *inputs;
     const Rotation* ropes;
-    const void *const *a, *const *b;  // of adapters; null without them
-    long rank;                        // of adapters
+    AdapterTables adapters;
+    long rank;  // of adapters
 };
+
+// The tokens from the first mask of each row on, at which adapters act. prefix null: none.
+inline TokenList adapted_places(const PassOptions& s, const int64_t* prefix) {
+    static thread_local std::vector<long> list;
+    list.clear();
+    for (long row = 0; prefix && row < s.rows; row++)
+        for (long t = std::min(long(prefix[row]), long(s.L)); t < s.L; t++) list.push_back(row * s.L + t);
+    return {list.data(), long(list.size())};
+}
 
 // x += y · factor · gate, per token of H values; each product is rounded to T before the next. gate null: 1. In fp32, the
 // product with the gate and the sum are rounded once.
@@ -54,7 +63,8 @@ Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* toke
     for (long i = 0; i < s.layers; i++) top = std::max(top, tables.options[i].top);
     while (token_mask && representative < tokens - 1 && !token_mask[representative]) representative++;
     if (token_mask && !token_mask[representative]) representative = 0;
-    return {s, tables.ropes, token_mask, counts, slots, prefix, causal, threads, tables.rank, tokens, representative,
+    return {s, tables.ropes, token_mask, counts, slots, prefix, causal, threads, adapted_places(s, prefix), tables.rank,
+            tokens, representative,
             reinterpret_cast<T*>(scratch(10, tokens * width)), reinterpret_cast<T*>(scratch(11, tokens * width)),
             reinterpret_cast<T*>(scratch(15, 2 * tokens * s.kv_heads * s.head_dim)),
             reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * top)), scratch(13, tokens * top)};
@@ -71,7 +81,7 @@ void tower(X* x, const PassOptions& s, const Tables& tables, const T* norm_f, T*
     for (long layer = 0; layer < s.layers; layer++) {
         const LayerOptions& o = tables.options[layer];
         const LayerWeights<T> w{tables.weights + layer * WEIGHTS, tables.packed + layer * WEIGHTS,
-                                tables.scales + layer * WEIGHTS, tables.a + layer * WEIGHTS, tables.b + layer * WEIGHTS,
+                                tables.scales + layer * WEIGHTS, tables.adapters.of(layer * WEIGHTS),
                                 s.int8_activations != 0};
         const LayerInputs in{tables.inputs + layer * INPUTS};
         const T *shift = in.at<T>(SHIFT), *scale = in.at<T>(SCALE), *gate = in.at<T>(MODULATION_GATE);
