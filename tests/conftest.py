@@ -21,6 +21,7 @@ from twotower.cli.main import run_cli
 from twotower.model.adapters import LowRank, MaskEmbedding
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.delta_net import GatedDeltaNet
+from twotower.model.draft_head import DraftHead
 from twotower.model.fp32_tensors import cast
 from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
@@ -138,6 +139,9 @@ def _randomise(module: nn.Module) -> None:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)
+        case DraftHead():
+            nn.init.normal_(module.previous)
+            nn.init.normal_(module.following)
         case nn.Embedding() | MaskEmbedding():
             nn.init.normal_(module.weight)
         case LowRank():

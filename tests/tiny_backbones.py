@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 from twotower import TwoTowerForCausalLM
 from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig
-from twotower.denoiser_fields import DenoiserConfig
+from twotower.denoiser_fields import DenoiserConfig, DraftHeadConfig
 
 VOCAB = 160
 BASE: dict[str, Any] = {
@@ -256,12 +257,13 @@ def two_tower(
     seed: int = 0,
     rank: int | None = None,
     denoiser: DenoiserConfig | None = None,
+    draft_rank: int | None = None,
     **overrides: object,
 ) -> TwoTowerForCausalLM:
     """A tiny two-tower model with random weights in both towers, without a checkpoint.
 
-    rank: of adapters gated to masks, which take the place of the denoiser tower; None: no such adapters. denoiser: what
-    the denoiser is instead. overrides: keys of the backbone's config.json.
+    rank: of adapters gated to masks, which take the place of the denoiser tower; None: no such adapters. draft_rank: of
+    their draft head; None: none. denoiser: what the denoiser is instead. overrides: keys of the backbone's config.json.
     """
     backbone = hf_config(name).to_dict() | overrides
     choices = (
@@ -269,6 +271,8 @@ def two_tower(
     )
     if backbone["model_type"] == MODEL_TYPE and choices == DenoiserConfig():
         return random_two_tower(TwoTowerConfig.of(hf_config(name)), seed, dtype)
+    if draft_rank is not None:
+        choices = replace(choices, draft_head=DraftHeadConfig(draft_rank))
     config = GenericTwoTowerConfig(backbone=backbone, mask_token_id=3, **choices.to_json())
     return random_two_tower(config, seed, dtype)
 

@@ -52,21 +52,44 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class DraftHeadConfig:
+    """The denoiser has a draft head of this rank (`model.draft_head`)."""
+
+    rank: int
+
+    @classmethod
+    def of(cls, value: object) -> DraftHeadConfig:
+        """The value of `draft_head` in config.json.
+
+        Raises:
+            ConfigError: it is not an object with a rank, or has other keys.
+        """
+        if not isinstance(value, dict) or value.keys() != {"rank"}:
+            raise ConfigError(f'config: draft_head is {value!r}; it must be an object such as {{"rank": 64}}')
+        rank = value["rank"]
+        if type(rank) is not int or rank < 1:
+            raise ConfigError(f"config: draft_head.rank is {rank!r}; it must be a positive integer")
+        return cls(rank)
+
+
+@dataclass(frozen=True)
 class DenoiserConfig:
     """What the denoiser of a checkpoint is. The defaults are the released denoiser: a second full tower.
 
     prediction_shift: the output at an input predicts the token so many positions later (`decoding.block_rule`).
     block_attention: full: every position of a block attends to the whole block. prefix_causal: positions before the
-    first mask attend only to earlier ones and themselves. first_from_ar: in diffusion the AR model chooses the first
-    token of each block. adapters: the denoiser is the context tower with adapters. denoiser_layers: the numbers of the
-    autoregressive model's layers that a denoiser tower has a counterpart for; None: all. denoiser_feed_forward: what
-    stands in the place of its MoE layers; None: the same MoE layers.
+    first mask attend only to earlier ones and themselves. first_from_ar: in diffusion the AR model chooses the
+    first token of each block. adapters: the denoiser is the context tower with adapters. draft_head: these, gated
+    to masks, have a draft head. denoiser_layers: the numbers of the autoregressive model's layers that a denoiser
+    tower has a counterpart for; None: all. denoiser_feed_forward: what stands in the place of its MoE layers; None:
+    the same.
     """
 
     prediction_shift: int = 0
     block_attention: BlockAttention = "full"
     first_from_ar: bool = False
     adapters: AdapterConfig | None = None
+    draft_head: DraftHeadConfig | None = None
     denoiser_layers: tuple[int, ...] | None = None
     denoiser_feed_forward: FeedForward | None = None
 
@@ -85,6 +108,11 @@ class DenoiserConfig:
             )
         if self.adapters is not None:
             self._check_gate(self.adapters.gate)
+        if self.draft_head is not None and (self.adapters is None or self.adapters.gate != "masks"):
+            raise ConfigError(
+                'config: draft_head needs adapters with gate "masks"; remove draft_head, or make a checkpoint with '
+                "twotower init --denoiser-lora R --draft-head R"
+            )
 
     def _check_gate(self, gate: AdapterGate) -> None:
         if gate == "masks" and (self.prediction_shift != 1 or self.block_attention != "prefix_causal"):
@@ -113,13 +141,14 @@ class DenoiserConfig:
         """
         check_format(fields.get("format"))
         given = {name: value for name, value in fields.items() if value is not None}
-        adapters = given.get("adapters")
+        adapters, head = given.get("adapters"), given.get("draft_head")
         layers, feed_forward = (given.get(name) for name in ("denoiser_layers", "denoiser_feed_forward"))
         found = cls(
             prediction_shift=cast(int, given.get("prediction_shift", cls.prediction_shift)),
             block_attention=cast(BlockAttention, given.get("block_attention", cls.block_attention)),
             first_from_ar=cast(bool, given.get("first_from_ar", cls.first_from_ar)),
             adapters=None if adapters is None else AdapterConfig.of(adapters),
+            draft_head=None if head is None else DraftHeadConfig.of(head),
             denoiser_layers=None if layers is None else layers_of(layers),
             denoiser_feed_forward=None if feed_forward is None else FeedForward.of(feed_forward),
         )

@@ -15,9 +15,11 @@ from tiny_backbones import save, save_tokenizer
 
 from twotower import GenericTwoTowerConfig, TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
+from twotower.checkpoint.denoiser_choices import DenoiserChoices
 from twotower.denoiser_fields import AdapterConfig, DenoiserConfig
 from twotower.errors import ArgumentError, ConfigError
 
+MASKS = {"prediction_shift": 1, "block_attention": "prefix_causal"}
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
 
@@ -26,7 +28,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A one-tower checkpoint, and the checkpoint with adapters that is made from it."""
     folder = tmp_path_factory.mktemp(request.param)
     save(request.param, folder / "source")
-    convert(folder / "source", folder / "two", mask_token=3, denoiser_lora=4)
+    convert(folder / "source", folder / "two", mask_token=3, denoiser_lora=4, choices=DenoiserChoices(draft_head=5))
     return folder / "source", folder / "two"
 
 
@@ -41,6 +43,7 @@ def test_new_adapters_add_nothing_and_the_context_tower_is_the_source(made: tupl
     assert (config["model_type"], config["format"]) == ("two_tower", 1)
     assert config["adapters"] == {"rank": 4, "gate": "masks"}
     assert (config["prediction_shift"], config["block_attention"]) == (1, "prefix_causal")
+    assert config["draft_head"] == {"rank": 5}
     expected = full.generate_ar(PROMPT, max_new_tokens=12)
     assert torch.equal(model.generate_ar(PROMPT, max_new_tokens=12), expected)
     verified = model.generate_verified(PROMPT, max_new_tokens=12, draft_steps=1)
@@ -53,7 +56,7 @@ def test_saved_and_loaded_again_and_exported(made: tuple[Path, Path], cli: Calla
     model = TwoTowerForCausalLM.from_pretrained(two)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".adapter." in name or "mask_embedding" in name:
+            if ".adapter." in name or "mask_embedding" in name or "draft_head" in name:
                 parameter.normal_()
     model.save_pretrained(two.parent / "again")
     again = TwoTowerForCausalLM.from_pretrained(two.parent / "again")
@@ -73,6 +76,16 @@ def test_saved_and_loaded_again_and_exported(made: tuple[Path, Path], cli: Calla
         ({"adapters": {"rank": 0}}, "adapters.rank is 0; it must be a positive integer"),
         ({"adapters": {"rank": 4, "alpha": 2}}, "adapters is .* it must be an object such as"),
         ({"adapters": 4}, "adapters is 4"),
+        (
+            {**MASKS, "adapters": {"rank": 4}, "draft_head": {"rank": -1}},
+            "draft_head.rank is -1; it must be a positive integer",
+        ),
+        ({**MASKS, "adapters": {"rank": 4}, "draft_head": 8}, "draft_head is 8; it must be an object such as"),
+        ({"draft_head": {"rank": 8}}, 'draft_head needs adapters with gate "masks"'),
+        (
+            {"adapters": {"rank": 4, "gate": "everywhere"}, "draft_head": {"rank": 8}},
+            "draft_head needs adapters with gate",
+        ),
         ({"adapters": {"rank": 4}, "format": 2}, "format is 2; this version reads up to 1, so update twotower"),
         ({"adapters": {"rank": 4, "gate": "left"}}, "adapters.gate is 'left'; it must be one of masks, everywhere"),
         ({"adapters": {"rank": 4}}, 'gate "masks" need prediction_shift 1 .* "prefix_causal", not 0 and \'full\''),
@@ -105,7 +118,7 @@ def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
 ) -> None:
     save("nemotron_h", tmp_path / "source", vocab_size=259)
     save_tokenizer(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "two", mask_token=4, denoiser_lora=4)
+    convert(tmp_path / "source", tmp_path / "two", mask_token=4, denoiser_lora=4, choices=DenoiserChoices(draft_head=4))
     lines = [json.dumps({"prompt": "a b c", "text": f" {'d e f g ' * 6}{i}"}) for i in range(60)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     options = ("--block-size", 4, "--batch-size", 4, "--row-length", 128, "--dtype", "float32", "--held-out", 0.1)
@@ -115,14 +128,14 @@ def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < 0.7 * records[0]["loss"]
     found = records[-1]["validation"]
-    assert 0 < found["agreement"] <= 1
+    assert 0 <= found["agreement"] <= 1  # the draft head learns the text faster than this random AR model's choices
     assert 1 <= found["draft_tokens"] <= 4
     assert found["tokens_per_pass"] >= 1
     assert found["free_tokens"] >= 1
     assert 0 <= found["texts_kept"] <= 1
     before, after = (load_file(tmp_path / path / "model.safetensors") for path in ("two", "run/model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
+    assert {"adapters.draft_head.previous", "adapters.draft_head.following"} < changed
     assert changed <= {name for name in before if name.startswith("adapters.")}
     for option in ("--tie", "--train-context", "--elbo"):
         refused = cli(*map(str, (*command[:2], "-o", tmp_path / "other", *command[4:], option)))
@@ -132,6 +145,9 @@ def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
 
 def test_init_and_info_describe_adapters(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
     source, two = made
+    refused = cli("init", "--from", source, "-o", two.parent / "other", "--draft-head", "4")
+    assert refused.code == 2
+    assert "draft_head is 4, and the denoiser is a second tower" in refused.err
     done = cli("init", "--from", source, "-o", two.parent / "other", "--denoiser-lora", "4", "--mask-token", "3")
     assert done.code == 0, done.err
     assert "one tower of" in done.out
@@ -143,13 +159,17 @@ def test_init_and_info_describe_adapters(made: tuple[Path, Path], cli: Callable[
     assert "two devices" not in page.out
     facts = json.loads(cli("info", two, "--json").out)
     model = TwoTowerForCausalLM.from_pretrained(two, dtype=torch.float32)
-    own = [p for name, p in model.named_parameters() if ".adapter." in name or "mask_embedding" in name]
-    adapters = facts["adapters"]
+    parts = ".adapter.", "mask_embedding", "draft_head"
+    own = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
+    assert model.draft_head is not None
+    head = sum(p.nbytes for p in model.draft_head.parameters())
+    assert (adapters := facts["adapters"])["draft_head_rank"] == 5
+    assert "and a draft head of rank 5" in page.out
     assert (adapters["rank"], adapters["parameters"]) == (4, sum(p.numel() for p in own))
     assert adapters["bytes"]["float32"] == sum(p.nbytes for p in own) == facts["memory"]["float32"]["denoiser"]
     assert facts["parameters"]["both_towers"] == facts["parameters"]["per_tower"] + adapters["parameters"]
     active = facts["parameters"]["active"] if model.spec.tied_head else facts["parameters"]["active_without_embedding"]
-    assert adapters["read_bytes"]["float32"] == 4 * active + adapters["bytes"]["float32"]
+    assert adapters["read_bytes"]["float32"] == 4 * active + adapters["bytes"]["float32"] - head
 
 
 def test_longrope_is_refused(tmp_path: Path, cli: Callable[..., Result]) -> None:

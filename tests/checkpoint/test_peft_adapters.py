@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
+from twotower.checkpoint.denoiser_choices import DenoiserChoices
 from twotower.checkpoint.export import export_peft
 from twotower.checkpoint.peft_adapters import adapted_modules
 from twotower.config import GenericTwoTowerConfig
@@ -25,7 +26,7 @@ from twotower.denoiser_fields import DenoiserConfig
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.towers import TwoTowerModel
 
-RANK = 4
+RANK, HEAD_RANK = 4, 5
 NAMES = ("nemotron_h", "llama", "qwen3", "qwen2_moe", "phi3")  # packed projections: phi3
 
 
@@ -37,12 +38,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp("peft")
         save(name, folder / "source")
-        convert(folder / "source", folder / "new", mask_token=3, denoiser_lora=RANK)
+        convert(
+            folder / "source",
+            folder / "new",
+            mask_token=3,
+            denoiser_lora=RANK,
+            choices=DenoiserChoices(draft_head=HEAD_RANK),
+        )
         model = TwoTowerForCausalLM.from_pretrained(folder / "new")
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for path, parameter in model.named_parameters():
-                if ".adapter." in path or "mask_embedding" in path:
+                if ".adapter." in path or "mask_embedding" in path or "draft_head" in path:
                     parameter.normal_(std=0.3, generator=generator)
         model.config.block_size = 8
         model.save_pretrained(folder / "two")

@@ -23,7 +23,6 @@ from twotower.checkpoint.quantize import quantize_
 from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.params import GenerationParams
 from twotower.denoiser_fields import DenoiserConfig
-from twotower.engine import one_pass
 from twotower.engine.compiled import MOST_STEPS_BEFORE_STOP
 from twotower.engine.generation import generate
 from twotower.ops.registry import select
@@ -154,9 +153,9 @@ def test_mixed_batches_give_the_same_events(model: TwoTowerForCausalLM, dtype: t
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_pass, "DRAFT_CONFIDENCE", 0.01)
-    own = two_tower("nemotron_h", dtype, rank=3)
+@pytest.mark.parametrize("draft_rank", [None, 5], ids=["plain", "draft head"])
+def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, draft_rank: int | None) -> None:
+    own = two_tower("nemotron_h", dtype, rank=3, draft_rank=draft_rank)
     own.tokenizer = Words()
     drafted = passes = tokens = rounds = 0
     for seed, rows in enumerate((1, 3, 8)):

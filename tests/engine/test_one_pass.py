@@ -12,7 +12,8 @@ from tiny_backbones import slow_but, two_tower
 from twotower import TwoTowerForCausalLM
 from twotower.decoding.output import Generation, StepEvent
 from twotower.decoding.params import GenerationParams
-from twotower.engine import context_step, one_pass
+from twotower.decoding.sampling import AR_TOKEN, Sampling, sample
+from twotower.engine import one_pass
 from twotower.engine.generation import generate
 from twotower.engine.llm import LLM
 from twotower.engine.scheduled import ScheduledTokens
@@ -23,8 +24,8 @@ PROMPTS = [[5], [6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21] * 9
 NEW, MASK, EOS = 24, 3, 2
 
 
-def model_of(name: str, dtype: torch.dtype = torch.float64) -> TwoTowerForCausalLM:
-    return two_tower(name, dtype, rank=3)
+def model_of(name: str, dtype: torch.dtype = torch.float64, draft_rank: int | None = None) -> TwoTowerForCausalLM:
+    return two_tower(name, dtype, rank=3, draft_rank=draft_rank)
 
 
 def run(model: TwoTowerForCausalLM, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[Generation]:
@@ -39,15 +40,18 @@ def tokens(rows: Sequence[Generation]) -> list[list[int]]:
 def draft_from(texts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are the rest of these texts, with every fifth token wrong, as far as there are masks."""
 
-    def rest(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> list[int]:
+    def rest(
+        entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int
+    ) -> tuple[Sequence[int], Sequence[float]]:
         if accepted < len(entry.tokens) - 1:
-            return []
+            return (), ()
         output = entry.sequence.output
         done = len(output.progress.tokens) + accepted + 1
         following = texts[output.row][done : done + entry.masks]
-        return [token if (done + place) % 5 else 4 for place, token in enumerate(following)]
+        drafted = [token if (done + place) % 5 else 4 for place, token in enumerate(following)]
+        return drafted, [0.9] * len(drafted)
 
-    monkeypatch.setattr(context_step, "next_draft", rest)
+    monkeypatch.setattr(one_pass, "candidates", rest)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,7 +59,6 @@ def draft_from(texts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verified_text_is_that_of_ar(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name)
     expected = run(model, mode="ar", **options)
-    monkeypatch.setattr(one_pass, "DRAFT_CONFIDENCE", 0.02)
     own = run(model, mode="verified", draft_steps=1, **options)
     assert tokens(own) == tokens(expected)
     assert sum(row.drafted for row in own)
@@ -98,29 +101,75 @@ def naive_diffusion(model: TwoTowerForCausalLM, prompt: list[int], width: int, t
         logits = model.extend(torch.tensor([block]), state, prefix=torch.tensor([prefix]))
         assert logits is not None
         logits[0, prefix:, MASK] = -torch.inf
-        sure, own = logits[0].softmax(-1).max(-1)
         read = len(text)
-        text.append(int(own[prefix - 1]))
-        for place in range(prefix, len(block)):
-            if not sure[place] > threshold or text[-1] == EOS:
+        text.append(int(logits[0, prefix - 1].argmax()))
+        head = model.context.draft_head
+        for row in logits[0, prefix:]:
+            if head is not None:
+                row += head.following @ head.previous[text[-1]]
+            sure, own = row.softmax(-1).max(-1)
+            if not sure > threshold or text[-1] == EOS:
                 break
-            text.append(int(own[place]))
+            text.append(int(own))
     return text[len(prompt) :]
 
 
 @pytest.mark.parametrize("name", ["nemotron_h", "llama"])
 @pytest.mark.parametrize("width", [1, 2, 6, 30])
-def test_diffusion_is_that_of_a_loop_without_a_state(name: str, width: int) -> None:
-    model = model_of(name)
+@pytest.mark.parametrize("draft_rank", [None, 5], ids=["plain", "draft head"])
+def test_diffusion_is_that_of_a_loop_without_a_state(name: str, width: int, draft_rank: int | None) -> None:
+    model = model_of(name, draft_rank=draft_rank)
     found = run(model, mode="diffusion", confidence_threshold=0.1, block_size=width)
     assert tokens(found) == [naive_diffusion(model, prompt, width, 0.1) for prompt in PROMPTS]
     assert width == 1 or sum(row.context_passes for row in found) < sum(len(row.tokens) for row in found)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
+def test_verified_text_with_a_draft_head_is_that_of_ar(options: dict[str, Any]) -> None:
+    plain, model = model_of("nemotron_h"), model_of("nemotron_h", draft_rank=5)
+    assert model.context.draft_head is not None
+    plain.load_state_dict({name: t for name, t in model.state_dict().items() if "draft_head" not in name})
+    expected = run(plain, mode="ar", **options)
+    assert tokens(run(model, mode="ar", **options)) == tokens(expected)
+    drafts = []
+    for own in (plain, model):
+        found = run(own, mode="verified", draft_steps=1, **options)
+        assert tokens(found) == tokens(expected)
+        alone = [run(own, [prompt], mode="verified", draft_steps=1, **options)[0] for prompt in PROMPTS]
+        if not options:  # a seed belongs to a row
+            assert [(row.tokens, row.accepted, row.drafted) for row in alone] == [
+                (row.tokens, row.accepted, row.drafted) for row in found
+            ]
+        drafts.append([(row.accepted, row.drafted) for row in found])
+    assert drafts[0] != drafts[1]
+
+
+@torch.no_grad()
+def test_the_noise_of_a_drafted_token_is_that_of_ar() -> None:
+    """Where all other logits are 0, the draft is what AR with the terms of the head as logits would write."""
+    model = model_of("llama", draft_rank=5)
+    head = model.context.draft_head
+    assert head is not None
+    model.context.norm_f.weight.zero_()  # all logits are 0, and AR's tokens are noise
+    params = GenerationParams.of(
+        mode="diffusion", max_new_tokens=8, eos_token_id=EOS, block_size=8, confidence_threshold=0.0, temperature=1.0,
+        seed=3,
+    )  # fmt: skip
+    (found,) = generate(model, [[5, 6]], params)
+    expected = [found.tokens[0]]
+    barred, seeds = torch.tensor([MASK]), torch.tensor(params.row_seeds(1))
+    for place in range(1, 8):
+        logits = (head.following @ head.previous[expected[-1]]).index_fill(0, barred, -torch.inf)
+        sampling = Sampling(seeds=seeds, temperature=1.0)
+        position = torch.tensor([[2 + place]])
+        expected.append(int(sample(logits[None, None], sampling, position, AR_TOKEN)))
+    assert found.tokens == expected[: len(found.tokens)]
+    assert len(found.tokens) > 3
+
+
 @pytest.mark.parametrize("mode", ["verified", "diffusion"])
-def test_a_watched_request_shows_the_draft_of_each_pass(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watched_request_shows_the_draft_of_each_pass(mode: str) -> None:
     model = model_of("llama")
-    monkeypatch.setattr(one_pass, "DRAFT_CONFIDENCE", 0.02)
     params = GenerationParams.of(
         mode=mode, max_new_tokens=NEW, eos_token_id=EOS, block_size=6, confidence_threshold=0.02,
         **({"draft_steps": 1} if mode == "verified" else {}),

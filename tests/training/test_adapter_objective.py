@@ -16,8 +16,8 @@ from twotower.training.noise import Corruption
 NAMES = slow_but(("nemotron_h", "llama", "gemma2", "qwen2_moe", "qwen3_next"))
 
 
-def model_of(name: str = "nemotron_h") -> TwoTowerForCausalLM:
-    return two_tower(name, torch.float64, seed=8, rank=3)
+def model_of(name: str = "nemotron_h", draft_rank: int | None = None) -> TwoTowerForCausalLM:
+    return two_tower(name, torch.float64, seed=8, rank=3, draft_rank=draft_rank)
 
 
 @torch.no_grad()
@@ -38,6 +38,9 @@ def naive_loss(model: TwoTowerForCausalLM, batch: Batch, noise: Corruption, size
         clean = model.extend(row[None, block.lo : block.hi], state)
         assert clean is not None
         assert torch.equal(state.lengths, before + len(own))
+        head = model.context.draft_head
+        if head is not None:  # the column's own token is the one before its target
+            found = found + head.previous[row[block.lo : block.hi]] @ head.following.T
         for logits in (found, clean[0]):
             logits[:, MASK] = -1e4
         found, clean = found.log_softmax(-1), clean[0].log_softmax(-1)
@@ -52,9 +55,9 @@ def naive_loss(model: TwoTowerForCausalLM, batch: Batch, noise: Corruption, size
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [2, 4])
-def test_all_blocks_at_once_equal_generation_block_by_block(name: str, size: int) -> None:
-    model, batch = model_of(name), packed(block_size=size, seed=1)
+@pytest.mark.parametrize(("size", "draft_rank"), [(2, None), (4, None), (4, 5)])
+def test_all_blocks_at_once_equal_generation_block_by_block(name: str, size: int, draft_rank: int | None) -> None:
+    model, batch = model_of(name, draft_rank), packed(block_size=size, seed=1)
     objective = AdapterObjective(model.context, AdapterOptions(mask_token_id=MASK, seed=3))
     noise = objective.draw_noise(batch, size)
     loss = objective(batch, noise, size)
@@ -63,18 +66,19 @@ def test_all_blocks_at_once_equal_generation_block_by_block(name: str, size: int
     assert objective.targets(batch, noise) > 10
 
 
-def test_only_adapters_and_the_mask_embedding_are_trained() -> None:
-    model, batch = model_of(), packed(seed=1)
+def test_only_adapters_the_mask_embedding_and_the_draft_head_are_trained() -> None:
+    model, batch = model_of(draft_rank=5), packed(seed=1)
     objective = AdapterObjective(model.context, AdapterOptions(mask_token_id=MASK))
     objective(batch, objective.draw_noise(batch, 4), 4).backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {n for n, _ in model.named_parameters() if ".adapter." in n or "mask_embedding" in n}
+    parts = ".adapter.", "mask_embedding", "draft_head"
+    assert trained == {n for n, _ in model.named_parameters() if any(part in n for part in parts)}
     assert all(parameter.grad is None or parameter.grad.any() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
 def test_the_gradient_is_that_of_finite_differences(activation_checkpointing: bool) -> None:
-    model, batch = model_of(), packed(seed=1)
+    model, batch = model_of(draft_rank=5), packed(seed=1)
     options = AdapterOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing)
     objective = AdapterObjective(model.context, options)
     noise = objective.draw_noise(batch, 4)
@@ -82,7 +86,7 @@ def test_the_gradient_is_that_of_finite_differences(activation_checkpointing: bo
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.grad is None or not name.endswith(
-            ("o_proj.adapter.a", "in_proj.adapter.b", "mask_embedding.weight")
+            ("o_proj.adapter.a", "in_proj.adapter.b", "mask_embedding.weight", "draft_head.previous")
         ):
             continue
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -47,9 +47,9 @@ class ConversionResult:
     """Facts of a written checkpoint.
 
     mask_token: its text; None if the tokenizer has none. mask_reason: why this token. adapter_rank: None if the
-    denoiser is a tower. denoiser_parameters: of a second tower. denoiser_layers, denoiser_feed_forward: None as in the
-    release. feed_forward_errors: see `MadeFeedForward.errors`. bytes: of all tensors. notes: remarks for the user, one
-    sentence each.
+    denoiser is a tower. draft_head_rank: None without a draft head. denoiser_parameters: of a second tower.
+    denoiser_layers, denoiser_feed_forward: None as in the release. feed_forward_errors: see `MadeFeedForward.errors`.
+    bytes: of all tensors. notes: remarks for the user, one sentence each.
     """
 
     source: str
@@ -62,6 +62,7 @@ class ConversionResult:
     parameters_per_tower: int
     time_parameters: int
     adapter_rank: int | None
+    draft_head_rank: int | None
     adapter_parameters: int
     denoiser_parameters: int
     denoiser_layers: tuple[int, ...] | None
@@ -124,23 +125,20 @@ def convert(
 
     fresh = fresh_tensors(tower, seed, model_dtype) if stored is None else stored.tensors(tower.model, origin, wanted)
     known = names.tensor_entries(tower.model)
-    denoiser = DenoiserTensors(tower)
-    to_write = list(tensors_to_write(denoiser, known, wanted, fresh, mask, origin))
+    source_tensors = DenoiserTensors(tower)
+    to_write = list(tensors_to_write(source_tensors, known, wanted, fresh, mask, origin))
     total = sum(entry.nbytes for entry in to_write)
     with unfinished_folder(Path(directory), overwrite, total) as folder:
         if calibration is not None:
             (folder / CALIBRATED).mkdir()
-            denoiser.made = calibration(tower, origin, folder / CALIBRATED)
+            source_tensors.made = calibration(tower, origin, folder / CALIBRATED)
         weights = write_shards(folder, to_write, max_shard_size, counter(total, progress))
         shutil.rmtree(folder / CALIBRATED, ignore_errors=True)
         _write_rest(tower, folder, model_dtype)
         reader.check(folder, reader.read_headers(folder), known, known, config)
-    notes = (
-        *tower.notes,
-        *_text_notes(mask, tower.tokenizer, tower.model.has_adapters),
-        *_adapter_notes(stored, tower),
-    )
-    return _result(source, directory, denoiser, mask, model_dtype, total, weights, notes)
+    text_notes = _text_notes(mask, tower.tokenizer, tower.model.has_adapters)
+    notes = *tower.notes, *text_notes, *_adapter_notes(stored, tower)
+    return _result(source, directory, source_tensors, mask, model_dtype, total, weights, notes)
 
 
 def _result(
@@ -156,6 +154,7 @@ def _result(
     model = made.tower.model
     shape = model.config.denoiser
     known, adapters = names.tensor_entries(model), model.config.denoiser.adapters
+    head = model.config.denoiser.draft_head
     return ConversionResult(
         source=str(source),
         directory=Path(directory),
@@ -167,6 +166,7 @@ def _result(
         parameters_per_tower=_parameters(entry for entry in known if _of_context(entry)),
         time_parameters=_parameters(entry for entry in known if entry.memory.startswith("time.")),
         adapter_rank=None if adapters is None else adapters.rank,
+        draft_head_rank=None if head is None else head.rank,
         adapter_parameters=_parameters(entry for entry in known if names.of_adapters(entry.memory)),
         denoiser_parameters=_parameters(entry for entry in known if entry.memory.startswith("denoiser.")),
         denoiser_layers=shape.denoiser_layers,

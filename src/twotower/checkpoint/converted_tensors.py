@@ -17,6 +17,7 @@ from twotower.checkpoint.writer import TensorToWrite
 from twotower.errors import CheckpointError
 from twotower.model.adapters import LowRank
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.draft_head import DraftHead
 from twotower.model.fp32_tensors import target_dtype
 
 
@@ -95,7 +96,7 @@ def fresh_tensors(tower: OneTowerCheckpoint, seed: int, dtype: torch.dtype) -> d
             time = TimeConditioning(tower.model.config.hidden_size, tower.model.denoiser.spec.num_layers)
             return {f"time.{name}": tensor.to(dtype) for name, tensor in time.state_dict().items()}
         for path, module in tower.model.named_modules():
-            if isinstance(module, LowRank):
+            if isinstance(module, LowRank | DraftHead):
                 own = module.to_empty(device="cpu")
                 own.reset_parameters()
                 out |= {f"{path}.{name}": tensor.to(dtype) for name, tensor in own.state_dict().items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from twotower.checkpoint.peft_adapters import AdapterFolder
-from twotower.denoiser_fields import AdapterConfig, AdapterGate, BlockAttention, DenoiserConfig
+from twotower.denoiser_fields import AdapterConfig, AdapterGate, BlockAttention, DenoiserConfig, DraftHeadConfig
 from twotower.errors import ArgumentError
 
 
@@ -17,35 +17,38 @@ class DenoiserChoices:
     """Fields of `DenoiserConfig` that a new denoiser gets. None: what suits the other choices.
 
     Without adapters these are the released ones. Adapters act at masks, with shift 1 and prefix-causal attention.
+    draft_head: the rank of a draft head of these adapters.
     """
 
     prediction_shift: int | None = None
     block_attention: BlockAttention | None = None
     adapter_gate: AdapterGate | None = None
     first_from_ar: bool = False
+    draft_head: int | None = None
 
     @classmethod
     def of_options(cls, options: Mapping[str, object]) -> DenoiserChoices:
         """The values of the options of `twotower init`, which has checked them."""
-        shift = options["prediction_shift"]
+        shift, head = options["prediction_shift"], options["draft_head"]
         return cls(
             prediction_shift=None if shift is None else int(str(shift)),
             block_attention=cast(BlockAttention | None, options["block_attention"]),
             adapter_gate=cast(AdapterGate | None, options["adapter_gate"]),
             first_from_ar=bool(options["first_from_ar"]),
+            draft_head=None if head is None else int(str(head)),
         )
 
     @property
     def given(self) -> list[str]:
         """The options that are not left out."""
-        names = ("prediction_shift", "block_attention", "adapter_gate", "first_from_ar")
+        names = ("prediction_shift", "block_attention", "adapter_gate", "first_from_ar", "draft_head")
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) not in (None, False)]
 
     def config(self, rank: int | None) -> DenoiserConfig:
         """The denoiser with new adapters of a rank, or a second tower.
 
         Raises:
-            ArgumentError: a gate without adapters.
+            ArgumentError: a gate or a draft head without adapters.
             ConfigError: the choices exclude each other.
         """
         if rank is None and self.adapter_gate is not None:
@@ -53,6 +56,12 @@ class DenoiserChoices:
                 f"adapter_gate is {self.adapter_gate!r}, and the denoiser is a second tower; give the rank of adapters "
                 "with --denoiser-lora, or leave out --adapter-gate",
                 param="adapter_gate",
+            )
+        if rank is None and self.draft_head is not None:
+            raise ArgumentError(
+                f"draft_head is {self.draft_head}, and the denoiser is a second tower; give the rank of adapters with "
+                "--denoiser-lora, or leave out --draft-head",
+                param="draft_head",
             )
         adapters = None if rank is None else AdapterConfig(rank, self.adapter_gate or "masks")
         gated = adapters is not None and adapters.gate == "masks"
@@ -62,6 +71,7 @@ class DenoiserChoices:
             block_attention=self.block_attention or usual[1],
             first_from_ar=self.first_from_ar,
             adapters=adapters,
+            draft_head=None if self.draft_head is None else DraftHeadConfig(self.draft_head),
         )
 
 

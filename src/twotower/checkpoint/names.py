@@ -99,8 +99,8 @@ def one_tower_entries(model: TwoTowerModel, layout: DiskLayout) -> list[TensorEn
 
 
 def of_adapters(memory: str) -> bool:
-    """Whether a tensor belongs to the adapters, which no one-tower model has."""
-    return ".adapter." in memory or memory == "context.mask_embedding.weight"
+    """Whether a tensor belongs to the adapters or their draft head, which no one-tower model has."""
+    return ".adapter." in memory or memory.startswith(("context.mask_embedding.", "context.draft_head."))
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -40,7 +40,6 @@ FOLDER = FolderKind("a folder of adapters", ADAPTER_FILE, (ADAPTER_FILE, WEIGHTS
 
 # model_type of families for which PEFT refuses adapters on `out_proj` (seen in peft 0.21.2)
 REFUSED_BY_PEFT = ("falcon_h1", "mamba2", "nemotron_h")
-_MASK = "context.mask_embedding.weight"
 _ROOT = "base_model.model."  # of the names of PEFT's tensors
 _IN_LAYER = re.compile(r".*\blayers\.\d+\.(.*)")
 
@@ -158,8 +157,10 @@ def tensors_to_write(model: TwoTowerModel, tensor: Callable[[str], Tensor]) -> l
     for module in adapted_modules(model):
         for name, whole in module.joined(rank, tensor).items():
             out.append((WEIGHTS_FILE, TensorToWrite.of(name, tuple(whole.shape), whole)))
-    mask = tensor(_MASK)
-    return [*out, (MASK_FILE, TensorToWrite.of("mask_embedding", tuple(mask.shape), mask))]
+    for memory, name in _beside(model.config.denoiser).items():
+        whole = tensor(memory)
+        out.append((MASK_FILE, TensorToWrite.of(name, tuple(whole.shape), whole)))
+    return out
 
 
 def write_folder(
@@ -185,6 +186,14 @@ def write_folder(
         (ADAPTER_FIELDS, fields),
     ):
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _beside(denoiser: DenoiserConfig) -> dict[str, str]:
+    """The tensors that PEFT's files have no place for, by their names in memory → their names in `MASK_FILE`."""
+    names = ["mask_embedding.weight"]
+    if denoiser.draft_head is not None:
+        names += ["draft_head.previous", "draft_head.following"]
+    return {f"context.{name}": name.removesuffix(".weight") for name in names}
 
 
 def fingerprint_entry(model: TwoTowerModel) -> str:
@@ -240,7 +249,7 @@ class AdapterFolder:
             return cls(directory=directory, **_fields(values))
 
     def tensors(self, model: TwoTowerModel, backbone: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The adapters and the mask embedding of a model on meta, by their names in memory.
+        """The adapters, the mask embedding and the draft head of a model on meta, by their names in memory.
 
         backbone: the source of the model, for the words of the errors. dtype: None keeps the dtype of each tensor.
 
@@ -253,9 +262,10 @@ class AdapterFolder:
         for module in modules:
             shapes |= module.shapes(rank)
         found = self._read(WEIGHTS_FILE, shapes, backbone)
-        mask = self._read(MASK_FILE, {"mask_embedding": (model.config.hidden_size,)}, backbone)
+        beside, own = _beside(self.denoiser), dict(model.named_parameters())
+        others = self._read(MASK_FILE, {name: tuple(own[part].shape) for part, name in beside.items()}, backbone)
         self._check_config(peft_config(modules, rank, None))
-        out = {_MASK: mask["mask_embedding"]}
+        out = {part: others[name] for part, name in beside.items()}
         for module in modules:
             try:
                 out |= module.parts(rank, found.__getitem__)

@@ -188,7 +188,7 @@ def _count(module: nn.Module, adapters: bool = True) -> int:
 
 
 def _of_adapters(name: str) -> bool:
-    return "adapter." in name or "mask_embedding." in name
+    return any(part in name for part in ("adapter.", "mask_embedding.", "draft_head."))
 
 
 def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
@@ -222,6 +222,7 @@ def _adapters(
     return {
         "rank": adapters.rank,
         "gate": adapters.gate,
+        "draft_head_rank": None if (head := model.config.denoiser.draft_head) is None else head.rank,
         "parameters": sum(tensor.numel() for name, tensor in model.named_parameters() if _of_adapters(name)),
         "bytes": {name: _memory(*each)["denoiser"] for name, each in models_by_dtype.items()},
         "read_bytes": {name: _read_bytes(*each) for name, each in models_by_dtype.items()},
@@ -237,6 +238,7 @@ def _read_bytes(model: TwoTowerForCausalLM, dtype: str) -> int:
 
     table = size_of(model.context.embeddings)
     size = size_of(model.context) - (0 if model.spec.tied_head else table - table // model.spec.vocab_size)
+    size -= 0 if (head := model.context.draft_head) is None else size_of(head)  # a pass without masks does not read it
     if (moe := model.spec.moe) is None:
         return size
     routed = sum(size_of(layer.mixer.experts) for layer in model.context.all_layers() if isinstance(layer.mixer, MoE))

@@ -138,9 +138,10 @@ def _denoiser(facts: DenoiserFacts) -> Iterator[str]:
 
 
 def _adapters(adapters: AdapterFacts) -> Iterator[str]:
+    head = "" if (rank := adapters["draft_head_rank"]) is None else f" and a draft head of rank {rank}"
     yield (
-        f"adapters of rank {adapters['rank']} on the context tower: {format_count(adapters['parameters'])} parameters; "
-        "one network in memory"
+        f"adapters of rank {adapters['rank']} on the context tower{head}: {format_count(adapters['parameters'])} "
+        "parameters; one network in memory"
     )
     if adapters["gate"] == "masks":
         yield "they act from the first mask on: a pass checks a draft and makes the next (docs/decoding.md)"

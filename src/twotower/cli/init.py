@@ -48,6 +48,12 @@ BLOCK_ATTENTIONS = ("full", "prefix_causal")
     help="Rank of adapters on the context tower, which are the denoiser. [default: the denoiser is a second tower]",
 )
 @click.option(
+    "--draft-head",
+    metavar="R",
+    type=click.IntRange(1),
+    help="Rank of a draft head of the adapters: a drafted token then depends on the one before. [default: none]",
+)
+@click.option(
     "--denoiser-layers",
     metavar="SPEC",
     help="Layers of the source that the second tower has: every:N, first:N, last:N, numbers and ranges such as "
@@ -205,7 +211,8 @@ def summary(made: ConversionResult) -> Iterator[str]:
             yield from _own_denoiser(made)
     else:
         tower = f"one tower of {count(made.parameters_per_tower)} parameters {layers}"
-        yield f"{tower}, adapters of rank {made.adapter_rank} with {count(made.adapter_parameters)}"
+        head = "" if made.draft_head_rank is None else f" and a draft head of rank {made.draft_head_rank}"
+        yield f"{tower}, adapters of rank {made.adapter_rank}{head} with {count(made.adapter_parameters)}"
     yield f"{size(made.bytes)} in {files}, {made.dtype}"
     text = "" if made.mask_token is None else f" {made.mask_token!r}"
     yield f"mask token id {made.mask_token_id}{text}: {made.mask_reason}"

@@ -313,6 +313,8 @@ def _show_plan(
     config = TwoTowerConfig.read(Path(source))
     own = config.denoiser.adapters
     shared["adapters"] = None if own is None else own.rank
+    head = config.denoiser.draft_head
+    shared["draft_head"] = None if head is None else head.rank
     shared["teacher"] = choices.resolve(gated=own is not None).teacher
     plan = plan_from(config, {**figures, **shared})
     click.echo(to_json(plan.to_dict()) if as_json else render(plan))

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from twotower.decoding.draft_planner import PassCosts
+
 DEPTHS = (0, 1, 2, 4)  # denoising passes per draft; depth 0 is an AR step
 CREDIT_STEPS, CREDIT_SHARE = 3.0, 0.04  # allowed loss by drafting: this many AR steps, and this share of AR time
 SAVED_STEPS = 8.0  # of earlier gains, at most this many AR steps count as credit
@@ -57,7 +59,7 @@ class DraftController:
     gains count as credit, because rounds vary much even where drafting pays. A batch does not pay for losses of batches
     before it.
 
-    fixed_depth: this depth in every round (None: adaptive).
+    fixed_depth: this depth in every round (None: adaptive). costs: of passes by width; for models with adapters.
     """
 
     fixed_depth: int | None = None
@@ -67,6 +69,7 @@ class DraftController:
     loss: float = 0.0  # seconds, less the allowed share of AR time; negative: a gain
     longest: float = 0.0  # the longest accepted draft, decaying
     rounds: int = 0
+    costs: PassCosts = field(default_factory=PassCosts)
 
     def begin_batch(self) -> DraftController:
         """Forgets the loss, but not the gain, of earlier batches."""

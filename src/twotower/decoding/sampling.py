@@ -55,6 +55,10 @@ class NoiseKeys(NamedTuple):
     def select(self, rows: Tensor) -> NoiseKeys:
         return NoiseKeys(*(part[rows] for part in self))
 
+    def at(self, place: int) -> NoiseKeys:
+        """The keys of one position of each row."""
+        return self._replace(positions=self.positions[:, place : place + 1])
+
 
 def sample_rows(logits: Tensor, rules: Sequence[SamplingRule], keys: Callable[[], NoiseKeys]) -> tuple[Tensor, Tensor]:
     """Chooses tokens from logits (B, L, V), with a rule a row → tokens and their confidence (B, L).

@@ -30,7 +30,7 @@ from twotower.engine.towers import Towers
 from twotower.model.tower import Tower
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.host_transfer import AsyncHostCopy
-from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, RoundRow, RowTokens, StateRows
+from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, RowTokens, StateRows
 from twotower.runners.fused_cpu import FusedCPURunner
 from twotower.runners.pass_tables import PassShape
 
@@ -88,7 +88,7 @@ class CompiledPasses:
         started = time.perf_counter()
         chosen, sure, accepted = lent.own.read(rows, sampled)
         if sequences[0].one_pass:
-            self._time("round", sequences, started, 1)
+            self._time("round", sequences, started, 1, length)
         self._note_appended(sequences, (accepted + 1).tolist(), length)
         lent.runner.keep(lent.own)
         for entry in scheduled:
@@ -106,7 +106,7 @@ class CompiledPasses:
         started = time.perf_counter()
         ends = [tuple(sequence.output.progress.eos) for sequence in sequences]
         chosen, sure = lent.own.ar_steps([sequence.pending for sequence in sequences], ends, steps)
-        self._time("step", sequences, started, len(chosen))
+        self._time("step", sequences, started, len(chosen), width=1)
         self._note_appended(sequences, [len(chosen)] * len(sequences), len(chosen))
         lent.runner.keep(lent.own)
         return partial(_record_steps, scheduled, chosen, sure)
@@ -115,22 +115,21 @@ class CompiledPasses:
         self, model: TwoTowerModel, scheduled: Sequence[ScheduledTokens], length: int, most: int
     ) -> CollectEvents | None:
         sequences = [entry.sequence for entry in scheduled]
+        length = max(length, *(min(s.params.block_size, s.room) for s in sequences))
         most_tokens = min(most * length, max(s.room for s in sequences) + length)
         lent = self._pass_of(model.context, self._reading(sequences, length), sequences, most_tokens)
         if lent is None:
             return None
-        rows = [
-            RoundRow(size=s.params.block_size, room=s.room, final=s.final_drafts, least=one_pass.least_confidence(s))
-            for s in sequences
-        ]
+        rows = [one_pass.round_row(s) for s in sequences]
         started = time.perf_counter()
         ends = [tuple(s.output.progress.eos) for s in sequences]
-        chosen, sure, accepted = lent.own.one_pass_rounds(rows, [s.block for s in sequences], ends, most)
-        self._time("round", sequences, started, len(accepted))
+        chosen, sure, accepted, plans = lent.own.one_pass_rounds(rows, [s.block for s in sequences], ends, most)
+        widths = [max(entry.width for entry in scheduled), *plans[:-1, :, 1].amax(1).tolist()]
+        self._time("round", sequences, started, len(widths), sum(widths) / len(widths))
         appended = torch.tensor(lent.own.lengths) - torch.tensor([s.read for s in sequences])
         self._note_appended(sequences, appended.tolist(), int(appended.max()))
         lent.runner.keep(lent.own)
-        return partial(_record_rounds, scheduled, chosen.tolist(), sure.tolist(), accepted.tolist())
+        return partial(_record_rounds, scheduled, *(part.tolist() for part in (chosen, sure, accepted, plans)))
 
     def _most_rounds(self, scheduled: Sequence[ScheduledTokens]) -> int:
         """Rounds of a model with adapters until the engine may be needed; 1 for other passes."""
@@ -250,8 +249,13 @@ class CompiledPasses:
         most = min(self._most_passes(kind, sequences), before_stop if stops else MOST_STEPS)
         return max(min([most, *(sequence.output.room for sequence in sequences)]), 1)
 
-    def _time(self, kind: str, sequences: Sequence[RunningSequence], started: float, passes: int) -> None:
-        self._durations[kind, len(sequences)] = (time.perf_counter() - started) / passes
+    def _time(
+        self, kind: str, sequences: Sequence[RunningSequence], started: float, passes: int, width: float | None = None
+    ) -> None:
+        """Measures passes. width: the mean number of positions of a row, in reading passes."""
+        seconds = self._durations[kind, len(sequences)] = (time.perf_counter() - started) / passes
+        if width is not None:
+            one_pass.note_cost(sequences, width, seconds)
 
 
 def _record_steps(
@@ -275,6 +279,7 @@ def _record_rounds(
     chosen: Sequence[list[list[int]]],
     sure: Sequence[list[list[float]]],
     accepted: Sequence[list[int]],
+    plans: Sequence[list[list[int]]],
 ) -> list[BlockEvent]:
     """Records rounds of a model with adapters, each with the rows that have not ended before.
 
@@ -283,14 +288,17 @@ def _record_rounds(
     events: list[BlockEvent] = []
     for s in [entry.sequence for entry in scheduled]:
         s.seconds /= len(accepted)
-    for number, round_ in enumerate(zip(chosen, sure, accepted, strict=True), 1):
+    for number, round_ in enumerate(zip(chosen, sure, accepted, plans, strict=True), 1):
         live = [place for place, entry in enumerate(scheduled) if entry.sequence.output.running]
         sequences = [scheduled[place].sequence for place in live]
-        entries = [ScheduledTokens(s, s.block, sampled=True, masks=s.masks) for s in sequences]
+        tokens, confidence, kept, planned = round_
+        entries = [
+            ScheduledTokens(s, s.block, sampled=True, masks=s.masks, plan=(planned[i][0], planned[i][1]))
+            for i, s in zip(live, sequences, strict=True)
+        ]
         for entry in entries:
             entry.sequence.read += len(entry.tokens)
             entry.sequence.output.context_passes += 1
-        tokens, confidence, kept = round_
         choice = [tokens[i] for i in live], [confidence[i] for i in live], [kept[i] for i in live]
         own = context_step.record_tokens(entries, choice, {})
         events += own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,14 +13,15 @@ from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.acceptance import accept
 from twotower.decoding.output import BlockEvent, TokenLogprob
 from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, sample_rows
+from twotower.engine import one_pass
 from twotower.engine.constraint_masks import advance, mask_logits
 from twotower.engine.logprobs import LogprobRequest, PendingLogprobs, numbers_of
-from twotower.engine.one_pass import final_text, next_draft, show_draft
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of
 from twotower.engine.towers import Towers
+from twotower.model.draft_head import DraftHead, draw
 from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
 SMALL_PASS = 64  # tokens: a pass over so few costs little more than over one token, so padding is free
@@ -54,13 +56,14 @@ class PendingContext(NamedTuple):
     """A launched context pass.
 
     sampling: the entries whose next token the AR model chooses. choice: their tokens, confidences and numbers of
-    accepted drafted tokens. with_logprobs: the entries that want log-probabilities.
+    accepted drafted tokens. with_logprobs: the entries that want log-probabilities. started: the time of the launch.
     """
 
     sampling: Sequence[ScheduledTokens]
     choice: AsyncHostCopy | None
     with_logprobs: Sequence[ScheduledTokens]
     logprobs: PendingLogprobs | None
+    started: float | None = None
 
 
 class _NeedLogits(NamedTuple):
@@ -89,7 +92,7 @@ def launch(
     model: Towers, state: TowerState, constants: RowConstants, scheduled: Sequence[ScheduledTokens]
 ) -> PendingContext:
     """Launches one context pass over the scheduled tokens, which then count as read."""
-    device = state.lengths.device
+    started, device = time.perf_counter(), state.lengths.device
     counts = [len(entry.tokens) for entry in scheduled]
     width = max(entry.width for entry in scheduled)
     mask = model.config.mask_token
@@ -122,7 +125,8 @@ def launch(
                     slots = own if slots is None else slots[own]
                 own_logits = logits[: len(needs.sampling)]
                 inputs = _PassInputs(tokens, lengths, slots)
-                chosen, *others = _choose(state, constants, needs.sampling, inputs, own_logits)
+                head = None if prefix is None else model.draft_head
+                chosen, *others = _choose(state, constants, needs.sampling, inputs, own_logits, head)
                 choice = AsyncHostCopy(chosen, *others)
             if request is not None:
                 silent = sum(not entry.wants_logprobs for entry in needs.sampling)
@@ -137,7 +141,7 @@ def launch(
             sequence.visible_length = -1  # all keys of the row are new
         sequence.read += count
         sequence.output.context_passes += sequence.phase is not Phase.PROMPT
-    return PendingContext(needs.sampling, choice, needs.with_logprobs, logprobs)
+    return PendingContext(needs.sampling, choice, needs.with_logprobs, logprobs, started)
 
 
 def _lengths(
@@ -161,6 +165,9 @@ def _bar_masks(logits: Tensor, prefix: Tensor, mask: int) -> None:
 def collect(pending: PendingContext) -> list[BlockEvent]:
     """Waits for the results of a pass and records them."""
     new, sure, accepted = _chosen(pending)
+    if pending.started is not None and pending.sampling:
+        width, seconds = max(entry.width for entry in pending.sampling), time.perf_counter() - pending.started
+        one_pass.note_cost([entry.sequence for entry in pending.sampling], width, seconds)
     found: dict[int, list[TokenLogprob]] = {}
     if pending.logprobs is not None:
         taken = zip(pending.sampling, new, accepted, strict=True)
@@ -190,12 +197,17 @@ class _PassInputs(NamedTuple):
 
 
 def _choose(
-    state: TowerState, constants: RowConstants, scheduled: Sequence[ScheduledTokens], read: _PassInputs, logits: Tensor
+    state: TowerState,
+    constants: RowConstants,
+    scheduled: Sequence[ScheduledTokens],
+    read: _PassInputs,
+    logits: Tensor,
+    head: DraftHead | None,
 ) -> tuple[Tensor, ...]:
     """Samples the AR model's token after each token, accepts drafted tokens, and rolls the state back to these.
 
     Returns tokens and confidences (n, L) and, if the pass read drafts, the numbers of accepted drafted tokens (n,). The
-    accepted drafted tokens are followed by the AR model's own token.
+    accepted drafted tokens are followed by the AR model's own token. head: draws the tokens at masks.
     """
     tokens, device, width = read.tokens, logits.device, read.tokens.shape[1]
     allowed = mask_logits(scheduled, logits)
@@ -209,7 +221,14 @@ def _choose(
         purpose = torch.full((len(scheduled), 1), AR_TOKEN, device=device)
         return NoiseKeys(at(constants.seeds, read.slots), positions, purpose, torch.zeros_like(purpose))
 
-    own, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
+    rules = [sequence.rule for sequence in sequences]
+    own, sure = sample_rows(logits, rules, keys)
+    if head is not None and read.lengths is not None:
+
+        def choose(logits: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            return sample_rows(logits, rules, lambda: keys().at(place))
+
+        own, sure = draw(head, logits, (own, sure), read.lengths, min(len(entry.tokens) for entry in scheduled), choose)
     if width == 1:
         return own, sure
     final = any(sequence.keeps_draft for sequence in sequences)
@@ -249,10 +268,10 @@ def record_tokens(
             events.append(failed)
             continue
         if sequence.one_pass:
-            sequence.draft = next_draft(entry, new, sure, accepted)
-            show_draft(entry, new, sure, accepted)
+            one_pass.next_draft(entry, new, sure, accepted)
+            one_pass.show_draft(entry, new, sure, accepted)
         if sequence.final_drafts:
-            text, confidences = final_text(entry, new, sure, accepted)
+            text, confidences = one_pass.final_text(entry, new, sure, accepted)
             steps, draft = [0] * len(text), ()
         elif sequence.final_block:
             text = [*draft[:accepted], new[accepted]]

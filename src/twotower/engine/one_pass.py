@@ -2,10 +2,11 @@
 
 The pass reads the pending token, the draft, and masks. Its outputs up to the draft's last token are AR's, so they check
 the draft, and AR's own next token becomes pending. If the whole draft is kept, the outputs at the masks are the next
-draft, from the left up to the first one that is not sure. Otherwise they followed a wrong token, and the next pass
-has no draft.
+draft, of which the next pass checks a part. Otherwise they followed a wrong token, and the next pass has no draft.
 
-In verified decoding, a drafted token is kept if it is AR's. In diffusion, drafted tokens above the threshold are final.
+In verified decoding, a drafted token is kept if it is AR's. How many tokens a pass checks, and its width, are chosen
+for each sequence by expected tokens a second (`decoding/draft_planner.py`). In diffusion, drafted tokens above the
+threshold are final, and a pass has the width of a block.
 
 A watched sequence gets a `StepEvent` after each pass that drafts: the next token, the draft, and candidates at the
 other masks. In verified decoding it follows the event of the tokens that the pass checked, in diffusion it precedes the
@@ -17,11 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
+from twotower.decoding.draft_planner import DEFAULT_SLOPE
 from twotower.decoding.output import BlockEvent, Event, StepEvent
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
-
-DRAFT_CONFIDENCE = 0.4  # of drafted tokens in verified decoding: a pass that refuses a token makes no draft
+from twotower.runners.decode_pass import RoundRow
 
 
 def begin(sequence: RunningSequence, room: int, draft_passes: int | None) -> None:
@@ -35,26 +36,65 @@ def begin(sequence: RunningSequence, room: int, draft_passes: int | None) -> Non
     else:
         sequence.block = [sequence.pending, *sequence.draft[: room - 1]]
         most = room - len(sequence.block)
-    left = min(sequence.params.block_size - len(sequence.block), most)
+    if sequence.mode == "verified" and not sequence.width:  # no pass has planned the first one
+        sequence.width = sequence.planner.plan([], room, slope(sequence))[1]
+    left = min((sequence.width or sequence.params.block_size) - len(sequence.block), most)
     sequence.masks = max(left, 0) if sequence.drafting else 0
     sequence.committed_at = [0] * len(sequence.block)
     sequence.max_passes = int(len(sequence.block) > 1 or sequence.masks > 0)
     sequence.phase = Phase.CHECK if sequence.max_passes else Phase.STEP
 
 
-def least_confidence(sequence: RunningSequence) -> float:
-    """The confidence above which a token is drafted."""
-    return sequence.policy_value if sequence.mode == "diffusion" else DRAFT_CONFIDENCE
+def slope(sequence: RunningSequence) -> float:
+    """The cost of one more position of a pass, for the plans of a sequence; fixed where times must not count."""
+    return sequence.controller.costs.slope if sequence.params.depends_on_timing else DEFAULT_SLOPE
 
 
-def next_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> list[int]:
-    """The draft after a pass: confident tokens at its masks. new, sure: the token and confidence at each position."""
+def note_cost(sequences: Sequence[RunningSequence], width: float, seconds: float) -> None:
+    """Adds the time of a pass, over `width` positions of each row, to what the plans of later passes read."""
+    for controller in {id(s.controller): s.controller for s in sequences if s.one_pass}.values():
+        controller.costs.add(width, seconds / len(sequences))
+
+
+def round_row(sequence: RunningSequence) -> RoundRow:
+    """A sequence for rounds in one compiled call."""
+    verified = sequence.mode == "verified"
+    return RoundRow(
+        size=sequence.params.block_size,
+        width=sequence.width or sequence.params.block_size,
+        room=sequence.room,
+        final=sequence.final_drafts,
+        slope=slope(sequence),
+        least=sequence.policy_value,
+        planner=sequence.planner.state.buffer_info()[0] if verified else None,
+    )
+
+
+def candidates(
+    entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int
+) -> tuple[Sequence[int], Sequence[float]]:
+    """Tokens and confidences at the masks of a pass; none if they followed a refused token.
+
+    new, sure: the token and confidence at each position.
+    """
     first = len(entry.tokens)
-    if accepted < first - 1:
-        return []
-    least = least_confidence(entry.sequence)
-    pairs = zip(new[first : entry.width], sure[first : entry.width], strict=True)
-    return [token for token, _ in takewhile(lambda pair: pair[1] > least, pairs)]
+    return (new[first : entry.width], sure[first : entry.width]) if accepted == first - 1 else ((), ())
+
+
+def next_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> None:
+    """Gives a sequence the draft that its next pass checks, and in verified decoding the width of that pass."""
+    sequence = entry.sequence
+    tokens, sure = candidates(entry, new, sure, accepted)
+    if sequence.mode != "verified":
+        pairs = zip(tokens, sure, strict=True)
+        sequence.draft = [token for token, _ in takewhile(lambda pair: pair[1] > sequence.policy_value, pairs)]
+        return
+    if entry.plan is None:
+        sequence.planner.learn(len(entry.tokens) - 1, accepted, sure)
+        checked, sequence.width = sequence.planner.plan(sure, sequence.room - accepted - 1, slope(sequence))
+    else:
+        checked, sequence.width = entry.plan
+    sequence.draft = list(tokens[:checked])
 
 
 def final_text(

@@ -13,8 +13,9 @@ from twotower.engine.sequence import RunningSequence
 class ScheduledTokens:
     """Tokens to append to a sequence's slot.
 
-    masks: mask tokens that follow, at which a model with adapters predicts the next draft. sampled: whether the AR
-    model samples the tokens after them. known_next: if not, the known token after each of `tokens`, whose
+    masks: mask tokens that follow, at which a model with adapters predicts the next draft. plan: of the pass after this
+    one, if it is known: the drafted tokens that it checks, and its width. sampled: whether the AR model samples the
+    tokens after them. known_next: if not, the known token after each of `tokens`, whose
     log-probabilities are wanted (None: not wanted).
     """
 
@@ -23,6 +24,7 @@ class ScheduledTokens:
     sampled: bool
     known_next: list[int] | None = None
     masks: int = 0
+    plan: tuple[int, int] | None = None
 
     @property
     def width(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower.decoding.block_rule import RELEASED, BlockRule
 from twotower.decoding.draft_controller import DraftController
+from twotower.decoding.draft_planner import DraftPlanner
 from twotower.decoding.output import BlockEvent, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.sampling import SamplingRule
@@ -101,6 +102,8 @@ class RunningSequence:
     visible_length: text tokens in the denoiser's view (−1: no view of this text yet).
     block_rule: of the model. draft: with `one_pass`, the next draft, after the pending token. masks: mask tokens of the
     pass; drafting: whether a pass may have masks.
+    planner, width: in verified decoding, the rule that chooses the draft and the width of the next pass, and that width
+    (0: not planned yet).
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
     held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
     log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
@@ -119,6 +122,7 @@ class RunningSequence:
     matcher: Matcher | None = None
     block_rule: BlockRule = RELEASED
     draft: list[int] = field(default_factory=list)
+    width: int = 0
     masks: int = 0
     drafting: bool = False
     phase: Phase = Phase.PROMPT
@@ -155,6 +159,7 @@ class RunningSequence:
         self.prompt_end = len(self.text) - pending  # tokens to read before the first round
         # In diffusion the context tower accepts every token of the denoiser.
         self.acceptance = 0.0 if self.mode == "diffusion" and self.begins_with_text else self.params.acceptance
+        self.planner = DraftPlanner(self.params.block_size)
 
     @classmethod
     def of(

@@ -18,6 +18,7 @@ from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from twotower.model.draft_head import DraftHead
     from twotower.model.tower import Tower
 
 
@@ -58,6 +59,10 @@ class Towers(Protocol):
     @property
     def has_adapters(self) -> bool:
         """Whether the denoiser is the context tower with adapters."""
+
+    @property
+    def draft_head(self) -> DraftHead | None:
+        """The draft head of the denoiser, if it has one."""
 
     @property
     def prefill_chunk(self) -> int:

@@ -71,7 +71,7 @@ class MaskEmbedding(nn.Module):
 def train_adapters_only(tower: nn.Module) -> None:
     """Sets which parameters of a tower with adapters require gradients: the adapters and the mask's embedding."""
     for name, parameter in tower.named_parameters():
-        parameter.requires_grad_(".adapter." in name or name.startswith("mask_embedding."))
+        parameter.requires_grad_(".adapter." in name or name.startswith(("mask_embedding.", "draft_head.")))
 
 
 @contextmanager

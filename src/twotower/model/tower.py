@@ -15,6 +15,7 @@ from twotower.model.adapters import LowRank, MaskEmbedding, adapting
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
 from twotower.model.delta_net import GatedDeltaNet
+from twotower.model.draft_head import DraftHead
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
@@ -156,7 +157,7 @@ class Tower(nn.Module):
     """Tokens (B, L) → final hidden states (B, L, H); `logits` applies the head.
 
     runners: tried in order for each pass; set by `runners.attach.attach_runners`. mask_embedding: of a tower with
-    adapters (`add_adapters`).
+    adapters (`add_adapters`); draft_head: of its drafts, if there is one.
     """
 
     __call__: Callable[..., PassResult]
@@ -170,9 +171,10 @@ class Tower(nn.Module):
         self.norm_f = RMSNorm(spec.hidden_size, spec.norm_eps, spec.norm_offset)
         self.head = TiedHead(self.embeddings) if spec.tied_head else Linear(spec.hidden_size, spec.vocab_size, False)
         self.mask_embedding: MaskEmbedding | None = None
+        self.draft_head: DraftHead | None = None
 
-    def add_adapters(self, rank: int, mask_token: int) -> None:
-        """Adds an adapter to every linear layer of the mixers, and an embedding of the mask token.
+    def add_adapters(self, rank: int, mask_token: int, draft_rank: int | None = None) -> None:
+        """Adds an adapter to every linear layer of the mixers, an embedding of the mask token, and maybe a draft head.
 
         Routed experts, routers and gates of one value have no adapter.
         """
@@ -180,6 +182,8 @@ class Tower(nn.Module):
             if isinstance(module, Linear) and module.out_features > 1:
                 module.adapter = LowRank(module.in_features, module.out_features, rank)
         self.mask_embedding = MaskEmbedding(self.spec.hidden_size, mask_token)
+        if draft_rank is not None:
+            self.draft_head = DraftHead(self.spec.vocab_size, draft_rank)
 
     @property
     def device(self) -> torch.device:
@@ -286,5 +290,5 @@ class Tower(nn.Module):
                 nn.init.normal_(module.down_proj, std=std / spread)
             elif isinstance(module, MaskEmbedding):
                 nn.init.normal_(module.weight, std=std)
-            elif isinstance(module, Mamba2 | GatedDeltaNet | LowRank):
+            elif isinstance(module, Mamba2 | GatedDeltaNet | LowRank | DraftHead):
                 module.reset_parameters()

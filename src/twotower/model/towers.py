@@ -23,6 +23,7 @@ from twotower.families import tower_spec
 from twotower.families.denoiser import denoiser_of
 from twotower.model import long_rope
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.draft_head import DraftHead
 from twotower.model.fp32_tensors import preserving_fp32
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import Tower
@@ -74,7 +75,9 @@ class TwoTowerModel(nn.Module):
                     "config: adapters are not supported with LongRoPE, whose rotary embedding depends on the length of "
                     "the text; make a denoiser tower: twotower init without --denoiser-lora"
                 )
-            self.context.add_adapters(config.denoiser.adapters.rank, config.mask_token)
+            head = config.denoiser.draft_head
+            rank = None if head is None else head.rank
+            self.context.add_adapters(config.denoiser.adapters.rank, config.mask_token, rank)
         self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
             self.reset_parameters()
@@ -95,6 +98,11 @@ class TwoTowerModel(nn.Module):
     def has_adapters(self) -> bool:
         """Whether the denoiser is the context tower with adapters."""
         return self.context.mask_embedding is not None
+
+    @property
+    def draft_head(self) -> DraftHead | None:
+        """The draft head of the denoiser, if it has one."""
+        return self.context.draft_head
 
     @property
     def has_denoiser(self) -> bool:

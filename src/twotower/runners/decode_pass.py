@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.layer_cache import CacheUpdate, ParallelUpdate
 from twotower.cache.state_caches import StateCaches
+from twotower.model.draft_head import DraftHead
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.tower import PassInputs, Tower, steady_period
@@ -41,8 +42,9 @@ class Decoder(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("pass_options", "layer_options", "weights", "packed", "scales")),
         *((name, ctypes.c_void_p) for name in ("inputs", "ropes", "norm_f", "embeddings")),
         *((name, ctypes.c_void_p) for name in ("head", "head_packed", "head_scale", "head_bias")),
-        *((name, ctypes.c_void_p) for name in ("slots", "a", "b", "packed_a", "packed_b", "mask_embedding", "lengths")),
-        *((name, ctypes.c_int64) for name in ("vocab", "rank", "mask_token")),
+        *((name, ctypes.c_void_p) for name in ("slots", "a", "b", "packed_a", "packed_b", "mask_embedding")),
+        *((name, ctypes.c_void_p) for name in ("previous", "following", "lengths")),
+        *((name, ctypes.c_int64) for name in ("vocab", "rank", "mask_token", "draft_rank")),
         ("embedding_factor", ctypes.c_float),
     ]
 
@@ -70,7 +72,11 @@ class BlockRow(ctypes.Structure):
 class RoundRow(ctypes.Structure):
     """`RoundRow` in decode.h: a row of `DecodePass.one_pass_rounds`."""
 
-    _fields_ = [*((name, ctypes.c_int64) for name in ("size", "room", "final")), ("least", ctypes.c_float)]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("size", "width", "room", "final")),
+        *((name, ctypes.c_double) for name in ("slope", "least")),
+        ("planner", ctypes.c_void_p),
+    ]
 
 
 class RowTokens(NamedTuple):
@@ -170,7 +176,7 @@ class DecodePass:
             own.rank = weights.rank
             if tower.mask_embedding is not None:
                 own.mask_embedding, own.mask_token = tower.mask_embedding.weight.data_ptr(), tower.mask_embedding.token
-            if not self._fill_head(tower.head):
+            if not (self._fill_head(tower.head) and self._fill_draft_head(tower.draft_head)):
                 self._weights = self.period = None
                 return False
         if self.shape.stored and self._updates is None:
@@ -214,6 +220,15 @@ class DecodePass:
             None if part is None else part.data_ptr() for part in parts
         )
         return fits
+
+    def _fill_draft_head(self, head: DraftHead | None) -> bool:
+        if head is None:
+            return True
+        parts, own = (head.previous, head.following), self._decoder
+        own.previous, own.following = (part.data_ptr() for part in parts)
+        own.draft_rank = head.previous.shape[1]
+        fits = self.shape.rows <= max_tokens(self.shape.dtype, "rows")
+        return fits and all(part.is_contiguous() and part.dtype == self.shape.dtype for part in parts)
 
     def release(self) -> None:
         """Drops what only the last pass needed."""
@@ -261,8 +276,10 @@ class DecodePass:
 
     def one_pass_rounds(
         self, rows: Sequence[RoundRow], blocks: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], most: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Up to `most` rounds of a model with adapters → choices, confidences (n, B, L), accepted (n, B) of n rounds.
+
+        Last, (n, B, 2), the plan of the pass after each round: the drafted tokens that it checks, and its width.
 
         blocks: the pending token and the draft of each row. ends: end tokens of each row, which end the rounds.
         """
@@ -273,10 +290,12 @@ class DecodePass:
         stops = _integers(places), _integers([*chain.from_iterable(ends), -1])
         chosen = torch.empty(most, count, length, dtype=torch.long)
         confidence, accepted = torch.empty(most, count, length), torch.empty(most, count, dtype=torch.long)
+        plans = torch.empty(most, count, 2, dtype=torch.long)
         given = [*(ctypes.addressof(part) for part in tables), most, *map(ctypes.addressof, stops)]
-        results = chosen, confidence, accepted, ctypes.addressof(done)
+        results = chosen, confidence, accepted, plans, ctypes.addressof(done)
         call("one_pass_rounds_", self._like, ctypes.addressof(self._decoder), *given, *results)
-        return chosen[: done.value], confidence[: done.value], accepted[: done.value]
+        n = done.value
+        return chosen[:n], confidence[:n], accepted[:n], plans[:n]
 
     def fill_blocks(self, blocks: Blocks, rows: Sequence[BlockRow], most: int) -> int:
         """Up to `most` passes over open blocks, until one is finished → the number of passes."""

@@ -27,7 +27,7 @@ from twotower.runners.weight_table import WeightTable
 
 MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
 MAX_TABLES = 64  # cached pass shapes, least recently used first out
-MAX_DECODE_PASSES = 16
+MAX_DECODE_PASSES = 40  # the widths of passes with adapters vary
 PRODUCTS = ("linear", "route", "experts")
 OPS = (*PRODUCTS, "rms_norm", "norm_and_rotate", "activate", "attention", "mamba_block")
 INT8_OPS = ("linear_int8", "experts_int8")  # in addition, for a tower with int8 weights

@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from twotower.model.adapters import LowRank, MaskEmbedding
 from twotower.model.attention import Attention
 from twotower.model.delta_net import GatedDeltaNet
+from twotower.model.draft_head import DraftHead
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.mamba2 import CausalConv, Mamba2
 from twotower.model.moe import MLP, Experts, Int4Experts, Int8Experts, MoE, Router
@@ -50,6 +51,7 @@ OWN_MODULES: frozenset[type[nn.Module]] = frozenset(
         TiedHead,
         LowRank,
         MaskEmbedding,
+        DraftHead,
     }
 )
 

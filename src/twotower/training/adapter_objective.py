@@ -44,14 +44,14 @@ class AdapterOptions:
 
 
 class AdapterObjective(nn.Module):
-    """Sets which parameters of a tower with adapters require gradients: the adapters and the mask's embedding."""
+    """Sets which parameters of a tower with adapters require gradients: these, the mask's embedding, the draft head."""
 
     def __init__(self, tower: Tower, options: AdapterOptions) -> None:
         super().__init__()
         assert tower.mask_embedding is not None
         train_adapters_only(tower)
         self.embeddings, self.norm_f, self.head = tower.embeddings, tower.norm_f, tower.head
-        self.mask_embedding = tower.mask_embedding
+        self.mask_embedding, self.draft_head = tower.mask_embedding, tower.draft_head
         layers = list(tower.all_layers())
         self.units = nn.ModuleList(LayerPair(own, own, train_context=False, runs_context=True) for own in layers)
         self.options = options
@@ -83,7 +83,7 @@ class AdapterObjective(nn.Module):
         columns = trained_columns(batch, wanted, 1)
         hidden, clean, apart = self.hidden(batch, noise, block_size, columns)
         recipe, mask_token = self.options.recipe, self.options.mask_token_id
-        examples = Examples(hidden, clean, columns.token, columns.known)
+        examples = Examples(hidden, clean, columns.token, columns.known, columns.before)
         losses = target_losses(loss_of(recipe.targets, noise), self.tower, self.tower, mask_token, examples)
         if noise.on_policy:
             return losses.sum()
@@ -122,12 +122,12 @@ class AdapterObjective(nn.Module):
         Register this method with `register_fsdp_forward_method`: FSDP then treats it as a forward pass.
         """
         wanted = wanted_columns(batch, noise, block_size, 1, gated=True)
-        hidden, clean, _ = self.hidden(batch, noise, block_size, trained_columns(batch, wanted, 1))
+        columns = trained_columns(batch, wanted, 1)
+        hidden, clean, _ = self.hidden(batch, noise, block_size, columns)
         agrees = torch.zeros_like(wanted)
-        agrees[wanted] = torch.cat(
-            [self._choice(own) == self._choice(teacher) for own, teacher in in_chunks(self.tower, hidden, clean)]
-        )
+        pieces = in_chunks(self.tower, hidden, clean, columns.before)
+        agrees[wanted] = torch.cat([self._choice(own, token) == self._choice(plain) for own, plain, token in pieces])
         return agrees, wanted
 
-    def _choice(self, hidden: Tensor) -> Tensor:
-        return log_probabilities(self.tower, hidden, self.options.mask_token_id).argmax(-1)
+    def _choice(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        return log_probabilities(self.tower, hidden, self.options.mask_token_id, before).argmax(-1)

@@ -20,14 +20,15 @@ class TrainedColumns:
     """n trained columns, row by row. The rows are those of all copies of a corruption (`Corruption.stacked`).
 
     at: (n,) place of each column among copies·B·S columns. token: (n,) the token that it predicts. clean_at: (n,) the
-    column, among B·S clean ones, whose AR output predicts this token. known: (n,) whether there is such a column; not
-    for the first token of a document, nor for EOS repeated after its end.
+    column, among B·S clean ones, whose AR output predicts this token; before: (n,) the token there. known: (n,)
+    whether there is such a column; not for the first token of a document, nor for EOS repeated after its end.
     """
 
     at: Tensor
     token: Tensor
     clean_at: Tensor
     known: Tensor
+    before: Tensor
 
 
 def trained_columns(batch: Batch, wanted: Tensor, shift: int) -> TrainedColumns:
@@ -38,7 +39,8 @@ def trained_columns(batch: Batch, wanted: Tensor, shift: int) -> TrainedColumns:
         token_at = token_at + followed(batch).flatten()[token_at]
     clean_at = (token_at - 1).clamp(min=0)
     predicted = F.pad(next_tokens(batch), (1, 0)).flatten()[token_at]
-    return TrainedColumns(at, batch.tokens.flatten()[token_at], clean_at, predicted)
+    tokens = batch.tokens.flatten()
+    return TrainedColumns(at, tokens[token_at], clean_at, predicted, tokens[clean_at])
 
 
 def wanted_columns(batch: Batch, noise: Corruption, block_size: int, shift: int = 0, gated: bool = False) -> Tensor:

@@ -279,7 +279,7 @@ class DenoisingObjective(nn.Module):
             return negative_log_likelihood(self.denoiser, hidden, columns.token)
         with torch.no_grad():
             known = self.context_norm_f(clean.flatten(0, 1)[columns.clean_at])
-        examples = Examples(hidden, known, columns.token, columns.known)
+        examples = Examples(hidden, known, columns.token, columns.known, columns.before)
         mask_token = self.options.mask_token_id
         return target_losses(targets, self.denoiser, self.context, mask_token, examples)
 

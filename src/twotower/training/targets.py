@@ -11,6 +11,7 @@ A mixture of losses at each trained column; q is the denoiser's distribution, p 
 
 Where the AR model has no prediction (the first token of a document, EOS repeated after its end), the loss is that of
 tokens. The AR model is the context tower, at temperature 1 and without gradient. The mask token has probability 0.
+A draft head (`model.draft_head`) gets the true token before each target.
 """
 
 from __future__ import annotations
@@ -65,12 +66,13 @@ ONLY_KL = Targets(tokens=0.0, kl=1.0)
 @dataclass(frozen=True)
 class Examples:
     """n trained columns: final hidden states of the denoiser and of the AR model (n, H), the tokens to predict (n,),
-    and whether the AR model predicts them (n,)."""
+    whether the AR model predicts them (n,), and the tokens before them (n,)."""
 
     hidden: Tensor
     clean: Tensor
     tokens: Tensor
     known: Tensor
+    before: Tensor
 
 
 def target_losses(targets: Targets, denoiser: Tower, teacher: Tower, mask_token: int, examples: Examples) -> Tensor:
@@ -79,8 +81,8 @@ def target_losses(targets: Targets, denoiser: Tower, teacher: Tower, mask_token:
     More than MAX_LOGITS logits are computed in chunks, which are recomputed in the backward pass.
     """
 
-    def loss(hidden: Tensor, clean: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
-        found = log_probabilities(denoiser, hidden, mask_token)
+    def loss(hidden: Tensor, clean: Tensor, tokens: Tensor, known: Tensor, before: Tensor) -> Tensor:
+        found = log_probabilities(denoiser, hidden, mask_token, before)
         by_token = F.nll_loss(found, tokens, reduction="none")
         if not targets.teacher:
             return by_token
@@ -88,7 +90,8 @@ def target_losses(targets: Targets, denoiser: Tower, teacher: Tower, mask_token:
             wanted = log_probabilities(teacher, clean, mask_token)
         return torch.where(known, mixed_loss(targets, found, wanted, by_token), by_token)
 
-    pieces = list(in_chunks(denoiser, examples.hidden, examples.clean, examples.tokens, examples.known))
+    own = examples
+    pieces = list(in_chunks(denoiser, own.hidden, own.clean, own.tokens, own.known, own.before))
     return torch.cat([run_unit(loss, len(pieces) > 1, *piece) for piece in pieces])
 
 
@@ -111,8 +114,13 @@ def mixed_loss(targets: Targets, found: Tensor, wanted: Tensor, by_token: Tensor
     return loss
 
 
-def log_probabilities(tower: Tower, hidden: Tensor, mask_token: int) -> Tensor:
-    """Final hidden states (n, H) → ln p (n, V) without the mask token."""
+def log_probabilities(tower: Tower, hidden: Tensor, mask_token: int, before: Tensor | None = None) -> Tensor:
+    """Final hidden states (n, H) → ln p (n, V) without the mask token.
+
+    before: the token (n,) before each predicted one, for the tower's draft head, if it has one; None: without the head.
+    """
     logits = upcast(tower.logits(hidden))
+    if tower.draft_head is not None and before is not None:
+        logits = logits + upcast(tower.draft_head(before))
     mask = torch.tensor([mask_token], device=logits.device)
     return logits.index_fill(-1, mask, BARRED).log_softmax(-1)

@@ -3,6 +3,7 @@
 #pragma once
 #include <memory>
 #include "argmax.h"
+#include "draft_planner.h"
 #include "tower.h"
 
 constexpr long KEPT_LOGITS = 1 << 20;  // more logits get memory of their own, which is freed after the pass
@@ -19,7 +20,8 @@ struct Decoder {
     const int64_t* slots;
     AdapterTables adapters;
     const void* mask_embedding;  // null without adapters
-    int64_t *lengths, vocab, rank, mask_token;
+    const void *previous, *following;  // of the draft head (V, draft_rank), see model/draft_head.py; null without one
+    int64_t *lengths, vocab, rank, mask_token, draft_rank;
     float embedding_factor;
     long slot(long row) const { return slots ? slots[row] : row; }
 };
@@ -41,6 +43,31 @@ struct BlockRow {
     const void* modulations;
     float threshold;
 };
+
+// Draws the tokens at the masks of each row again, from left to right: the draft head adds its term to their logits.
+// prefix (rows,): the first masks. The other arguments are those of `choose`.
+template <class T>
+void draw(const Decoder& d, T* logits, const int64_t* prefix, const int64_t* excluded, int64_t* chosen,
+          float* confidence, int threads) {
+    const long rows = d.pass->rows, L = d.pass->L, V = d.vocab, r = d.draft_rank;
+    const T *previous = static_cast<const T*>(d.previous), *none = nullptr;
+    T* before = reinterpret_cast<T*>(scratch(22, rows * r));
+    const std::unique_ptr<T[]> term(new T[rows * V]);
+    std::vector<long> places;
+    for (long l = 1; l < L; l++) {
+        places.clear();
+        for (long b = 0; b < rows; b++)
+            if (l >= prefix[b]) places.push_back(b * L + l);
+        for (size_t i = 0; i < places.size(); i++) std::copy_n(previous + chosen[places[i] - 1] * r, r, before + i * r);
+        const Matrix<T> following{static_cast<const T*>(d.following), nullptr, nullptr};
+        if (!places.empty()) linear(before, following, none, term.get(), long(places.size()), r, V, threads);
+        for (size_t i = 0; i < places.size(); i++) {
+            const long at = places[i];
+            add(term.get() + i * V, 1.0f, V, logits + at * V);
+            argmax(logits + at * V, excluded ? excluded + at : nullptr, chosen + at, confidence + at, 1, 1, V, threads);
+        }
+    }
+}
 
 // One pass over `tokens` (rows, L) → the most probable token after each (or instead of each) and its confidence; chosen
 // null: neither. excluded: as in `argmax`, one for `each` positions. prefix (rows,): tokens before the first mask, where
@@ -69,6 +96,7 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
                          s.int8_activations != 0};
     linear(hidden, head, of(d.head_bias), logits, count, H, V, threads);
     argmax(logits, excluded, chosen, confidence, count, each, V, threads);
+    if (prefix && d.previous) draw(d, logits, prefix, excluded, chosen, confidence, threads);
 }
 
 // Updates the Mamba states with the first accepted[b] tokens of the pass, and the lengths.
@@ -139,54 +167,95 @@ void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts,
     commit<T>(d, kept.data(), threads);
 }
 
-// A row of `one_pass_rounds`, as engine/one_pass.py has it: the most positions of a pass, the new tokens that may follow,
-// whether drafted tokens are final, and the confidence above which tokens are drafted.
+// A row of `one_pass_rounds`, as engine/one_pass.py has it: the most positions of a pass, those of the first pass, the new
+// tokens that may follow, and whether drafted tokens are final. They are drafted if their confidence is above `least`.
+// Others are drafted as `planner` says, the state of a `DraftPlanner`; slope: of the cost of a pass.
 struct RoundRow {
-    int64_t size, room, final;
-    float least;
+    int64_t size, width, room, final;
+    double slope, least;
+    double* planner;
 };
+
+// A decoder for passes of `length` tokens a row, of at most as many as it was made for.
+struct Narrower {
+    PassOptions pass;
+    std::vector<Rotation> ropes;
+    Decoder decoder;
+    Narrower(const Decoder& d, long length) : pass(*d.pass), decoder(d) {
+        long count = 1;
+        for (long i = 0; i < pass.layers; i++) count = std::max(count, long(d.options[i].rope) + 1);
+        ropes.assign(d.ropes, d.ropes + count);
+        for (Rotation& rope : ropes) rope.length = length;
+        pass.L = length, decoder.pass = &pass, decoder.ropes = ropes.data();
+    }
+    Narrower(const Narrower&) = delete;
+};
+
+// The next block of a row after a pass that read `first` tokens and masks up to `width`, and accepted `kept` of them after
+// the first. Updates the room, and writes the plan of the next pass. Returns whether the rounds end.
+inline bool next_block(const RoundRow& row, const int64_t* own, const float* sure, long kept, long first, long width,
+                       const int64_t* end, const int64_t* last_end, int64_t& room, std::vector<int64_t>& block,
+                       int64_t* plan) {
+    bool over = !std::all_of(sure, sure + kept + 1, [](float v) { return std::isfinite(v); });
+    const long drafted = kept == first - 1 ? width - first : 0;
+    long checked = 0;
+    if (row.planner) {
+        const DraftPlanner planner{row.planner, row.size - 1};
+        planner.learn(first - 1, kept, sure + first, drafted);
+        const DraftPlanner::Plan next = planner.plan(sure + first, drafted, room - kept - 1, row.slope);
+        checked = plan[0] = next.checked, plan[1] = next.width;
+    } else {
+        while (checked < drafted && sure[first + checked] > row.least) checked++;
+        plan[0] = checked, plan[1] = row.size;
+    }
+    block.assign(1, own[kept]);
+    block.insert(block.end(), own + first, own + first + checked);
+    const auto ended = [&](int64_t token) { return std::find(end, last_end, token) != last_end; };
+    if (row.final) over |= std::any_of(block.begin(), block.end(), ended);
+    else over |= std::any_of(own, own + kept + 1, ended);
+    room -= row.final ? long(block.size()) : kept + 1;
+    if (!row.final && long(block.size()) > room) block.resize(std::max(room, int64_t(1)));
+    return over || room < 1;
+}
 
 // Up to `most` rounds of a model with adapters. block[b]: the pending token and the draft of row b. A round reads the
 // blocks and masks after them, as `read_drafts`, and makes the next blocks. Ends after a round in which a row gets one of
 // its end tokens, has no room left, or has logits that are not finite. chosen, confidence (most, rows, L), accepted
-// (most, rows): of each round; done: rounds made.
+// (most, rows): of each round; plans (most, rows, 2): the drafted tokens that the next pass checks, and its width; done:
+// rounds made.
 template <class X, class T>
 void one_pass_rounds(const Decoder& d, const RoundRow* rows, const int64_t* tokens, const int64_t* counts, long most,
                      const int64_t* ends, const int64_t* end_ids, int64_t* chosen, float* confidence, int64_t* accepted,
-                     int64_t* done, int threads) {
+                     int64_t* plans, int64_t* done, int threads) {
     const long B = d.pass->rows, L = d.pass->L;
     std::vector<std::vector<int64_t>> block(B);
-    std::vector<int64_t> read(B * L), kept(B), widths(B), final(B), room(B);
+    std::vector<int64_t> read(B * L), own(B * L), kept(B), widths(B), final(B), room(B), planned(B);
+    std::vector<float> sure(B * L);
     for (long b = 0; b < B; b++) {
         block[b].assign(tokens + b * L, tokens + b * L + counts[b]);
-        room[b] = rows[b].room, final[b] = rows[b].final;
+        room[b] = rows[b].room, final[b] = rows[b].final, planned[b] = rows[b].width;
     }
     bool over = false;
-    for (*done = 0; *done < most && !over; chosen += B * L, confidence += B * L, accepted += B, ++*done) {
-        std::fill(read.begin(), read.end(), 0);
+    for (*done = 0; *done < most && !over; chosen += B * L, confidence += B * L, accepted += B, plans += 2 * B, ++*done) {
         for (long b = 0; b < B; b++) {
             const long n = kept[b] = block[b].size(), left = final[b] ? room[b] - 1 : room[b] - n;
-            widths[b] = n + std::max(std::min(rows[b].size - n, left), 0L);
-            std::copy(block[b].begin(), block[b].end(), read.begin() + b * L);
-            std::fill(read.begin() + b * L + n, read.begin() + b * L + widths[b], d.mask_token);
+            widths[b] = n + std::max(std::min(planned[b] - n, left), 0L);
         }
-        read_drafts<X, T>(d, read.data(), kept.data(), widths.data(), final.data(), chosen, confidence, accepted, threads);
+        const long length = *std::max_element(widths.begin(), widths.end());
+        std::fill(read.begin(), read.begin() + B * length, 0);
         for (long b = 0; b < B; b++) {
-            const int64_t* own = chosen + b * L;
-            const float* sure = confidence + b * L;
-            const long n = accepted[b];
-            over |= !finite(sure, n + 1);
-            std::vector<int64_t> next{own[n]};
-            for (long i = kept[b]; n == kept[b] - 1 && i < widths[b] && sure[i] > rows[b].least; i++) next.push_back(own[i]);
-            const auto ended = [&](int64_t token) {
-                return std::find(end_ids + ends[b], end_ids + ends[b + 1], token) != end_ids + ends[b + 1];
-            };
-            if (final[b]) over |= std::any_of(next.begin(), next.end(), ended);
-            else over |= std::any_of(own, own + n + 1, ended);
-            room[b] -= final[b] ? long(next.size()) : n + 1;
-            over |= room[b] < 1;
-            if (!final[b] && long(next.size()) > room[b]) next.resize(std::max(room[b], 1L));
-            block[b] = std::move(next);
+            const auto to = std::copy(block[b].begin(), block[b].end(), read.begin() + b * length);
+            std::fill(to, read.begin() + b * length + widths[b], d.mask_token);
+        }
+        const Narrower pass(d, length);
+        read_drafts<X, T>(pass.decoder, read.data(), kept.data(), widths.data(), final.data(), own.data(), sure.data(),
+                          accepted, threads);
+        for (long b = 0; b < B; b++) {
+            std::copy_n(own.data() + b * length, length, chosen + b * L);
+            std::copy_n(sure.data() + b * length, length, confidence + b * L);
+            over |= next_block(rows[b], chosen + b * L, confidence + b * L, accepted[b], kept[b], widths[b],
+                               end_ids + ends[b], end_ids + ends[b + 1], room[b], block[b], plans + 2 * b);
+            planned[b] = plans[2 * b + 1];
         }
     }
 }

@@ -58,7 +58,7 @@ SIGNATURES = {
     "tower_": "ippp" + "pppppppl" + "pppppppp" + "i",
     "ar_steps_": "ipplppppp",
     "read_drafts_": "ipppppppp",
-    "one_pass_rounds_": "ippppl" + "pppppp",
+    "one_pass_rounds_": "ippppl" + "ppppppp",
     "fill_blocks_": "ippplpp",
     "attention_": "ipppppi" + "pppppp" + "lllll" + "ffl",
 }

@@ -147,8 +147,8 @@ void read_drafts_(int type, const Decoder* d, const int64_t* tokens, const int64
 
 void one_pass_rounds_(int type, const Decoder* d, const RoundRow* rows, const int64_t* tokens, const int64_t* counts,
                       long most, const int64_t* ends, const int64_t* end_ids, int64_t* chosen, float* confidence,
-                      int64_t* accepted, int64_t* done, int threads) {
-    DECODE(one_pass_rounds, rows, tokens, counts, most, ends, end_ids, chosen, confidence, accepted, done)
+                      int64_t* accepted, int64_t* plans, int64_t* done, int threads) {
+    DECODE(one_pass_rounds, rows, tokens, counts, most, ends, end_ids, chosen, confidence, accepted, plans, done)
 }
 
 void fill_blocks_(int type, const Decoder* d, const Blocks* blocks, const BlockRow* rows, long most, void* modulation,

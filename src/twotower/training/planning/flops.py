@@ -104,6 +104,7 @@ def adapter_step(
     block_size: int,
     *,
     activation_checkpointing: bool,
+    draft_head: int | None = None,
     teacher: bool = True,
     trained_share: float | None = None,
 ) -> StepFlops:
@@ -122,7 +123,8 @@ def adapter_step(
     return StepFlops(
         context=reading,
         denoiser=forward + backward,
-        head=_head(spec, row_length * share, teacher=teacher, frozen=True),
+        head=_head(spec, row_length * share, teacher=teacher, frozen=True)
+        + 6.0 * row_length * share * (draft_head or 0) * spec.vocab_size,
         time=0.0,
         recomputed=reading + forward if activation_checkpointing else 0.0,
     )

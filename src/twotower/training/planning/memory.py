@@ -42,6 +42,7 @@ def build(
     context: ContextRole,
     activation_checkpointing: bool,
     adapters: int | None = None,
+    draft_head: int | None = None,
     teacher: bool = False,
     denoiser_spec: TowerSpec | None = None,
 ) -> tuple[AnyObjective, int]:
@@ -52,7 +53,7 @@ def build(
         with torch.device("meta"):
             tower = make_tower(spec)
             count = sum(p.numel() for p in tower.parameters())
-            tower.add_adapters(adapters, 0)
+            tower.add_adapters(adapters, 0, draft_head)
         recipe = ADAPTER_RECIPE if teacher else replace(ADAPTER_RECIPE, targets=ONLY_TOKENS)
         own = AdapterOptions(mask_token_id=0, activation_checkpointing=activation_checkpointing, recipe=recipe)
         objective = AdapterObjective(tower, own)
@@ -83,6 +84,7 @@ def measure_profile(
     context: ContextRole = "frozen",
     activation_checkpointing: bool = True,
     adapters: int | None = None,
+    draft_head: int | None = None,
     teacher: bool = False,
     denoiser: TowerSpec | None = None,
 ) -> Profile:
@@ -96,6 +98,7 @@ def measure_profile(
         context=context,
         activation_checkpointing=activation_checkpointing,
         adapters=adapters,
+        draft_head=draft_head,
         teacher=teacher,
         denoiser_spec=denoiser,
     )
@@ -110,9 +113,8 @@ def measure_profile(
         if isinstance(objective, DenoisingObjective) and objective.time is not None:
             own = objective.time(torch.empty(blocks, device="meta"))[0]
         _ = layout.chosen_token_mask, layout.block_document, layout.starts_document, layout.causal_queries
-        for module in tower_of(objective).modules():
-            if isinstance(module, Attention):
-                _ = [layout.rotation(module.rope, stream, chosen=chosen) for chosen in (False, True)]
+        for module in (part for part in tower_of(objective).modules() if isinstance(part, Attention)):
+            _ = [layout.rotation(module.rope, stream, chosen=chosen) for chosen in (False, True)]
         fixed = live.live
         shape = (micro_batch_size, row_length, spec.hidden_size)
         for unit in objective.units:
@@ -193,7 +195,7 @@ def _measure_tail(
             hidden = objective.norm_f(x.flatten(0, 1).index_select(0, every))
         else:
             hidden = objective.norm_f(x).flatten(0, 1).index_select(0, every)
-        examples = Examples(hidden, torch.empty_like(hidden), every, torch.empty_like(every, dtype=torch.bool))
+        examples = Examples(hidden, torch.empty_like(hidden), every, torch.empty_like(every, dtype=torch.bool), every)
         return (target_losses(recipe.targets, tower, tower, 0, examples).sum(),)
 
     return _measure(live, objective, forward)

@@ -172,6 +172,7 @@ def _flops(spec: TowerSpec, setup: Setup, denoiser: TowerSpec | None) -> StepFlo
             spec,
             setup.adapters,
             *sizes,
+            draft_head=setup.draft_head,
             activation_checkpointing=setup.activation_checkpointing,
             teacher=setup.teacher,
         )
@@ -248,6 +249,7 @@ def _measured(spec: TowerSpec, setup: Setup, denoiser: TowerSpec | None) -> Prof
         context=setup.context,
         activation_checkpointing=setup.activation_checkpointing,
         adapters=setup.adapters,
+        draft_head=setup.draft_head,
         teacher=setup.teacher,
         denoiser=denoiser,
     )

@@ -17,11 +17,11 @@ RECIPE_TOKENS = 2.1e12  # of the released denoiser
 class Setup:
     """The run to be planned.
 
-    batch_size: rows of one step over all GPUs (None: one micro-batch each). micro_batch_size: rows of one pass on one
-    GPU. peak_tflops: of one GPU, dense, in dtype. adapters: their rank, if the denoiser is adapters. teacher: the
-    targets are the AR model's distribution. Assumed: utilisation (a share of the peak, recomputation counted as
-    work); bandwidth_gb (GB/s at which one GPU gathers: NCCL's bus bandwidth); reserve_gib (CUDA's own memory, NCCL's
-    buffers, fragmentation).
+    batch_size: rows of one step over all GPUs (None: one micro-batch each). micro_batch_size: rows of one pass on
+    one GPU. peak_tflops: of one GPU, dense, in dtype. adapters: their rank, if the denoiser is adapters;
+    draft_head: that of their draft head. teacher: the targets are the AR model's distribution. Assumed:
+    utilisation (a share of the peak, recomputation counted as work); bandwidth_gb (GB/s at which one GPU gathers:
+    NCCL's bus bandwidth); reserve_gib (CUDA's own memory, NCCL's buffers, fragmentation).
     """
 
     gpus: int = 8
@@ -34,6 +34,7 @@ class Setup:
     activation_checkpointing: bool = True
     context: ContextRole = "frozen"
     adapters: int | None = None
+    draft_head: int | None = None
     teacher: bool = False
     tokens: float = RECIPE_TOKENS
     peak_tflops: float = 989.0
