@@ -81,6 +81,7 @@ def _params(
         "max_new_tokens": own.tokens,
         "mask_token_id": model.config.mask_token,
         "eos_token_id": eos_token_id,
+        "deterministic": True,  # widths of drafts must not depend on measured times
     }
     if values.get("block_size", block_size) != block_size:
         raise ArgumentError(f"on_policy_setting is {own.setting!r}; its block size is that of training, {block_size}")
