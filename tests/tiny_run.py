@@ -213,15 +213,11 @@ class Launched(NamedTuple):
     def running(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def kill_when(self, moment: Callable[[], bool], number: int = signal.SIGKILL) -> bool:
-        """Sends a signal to all processes when a condition holds (checked every half millisecond), and waits for them.
-
-        Returns whether it held.
-        """
+    def kill_when(self, moment: Callable[[], bool]) -> bool:
+        """Kills all processes when a condition holds (checked every half millisecond); returns whether it held."""
         while self.running():
             if moment():
-                for process in self.processes:
-                    os.kill(process.pid, number)
+                self.kill()
                 self.codes()
                 return True
             time.sleep(0.0005)

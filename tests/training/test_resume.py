@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -17,7 +18,7 @@ import torch
 from tiny_run import checkpoints, column, launch, log_text, model_bytes, run_cli, uninterrupted
 
 from twotower.training import checkpoints as saving
-from twotower.training import fsdp
+from twotower.training import fsdp, trainer
 from twotower.training.fsdp import World
 from twotower.training.log import LOG_FILE, read_log
 
@@ -75,20 +76,32 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     assert checkpoints(output) == ["step-00000020", "step-00000022"]  # no unfinished checkpoint
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_signals_end_a_run_with_a_checkpoint(processes: int, tmp_path: Path) -> None:
-    output = tmp_path / "run"
+def test_signals_end_a_run_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """SIGTERM in step 3 and Ctrl-C in step 10, where no checkpoint is due."""
+    output, real = tmp_path / "run", trainer._step
+    signals = {3: signal.SIGTERM, 10: signal.SIGINT}
+
+    def step(*args: Any) -> object:
+        record = real(*args)
+        if number := signals.get(record["step"]):
+            signal.raise_signal(number)
+        return record
+
+    monkeypatch.setattr(trainer, "_step", step)
     args = tiny_run.given().train(output)
-    for number, code, after in ((signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 8)):
-        run = launch(args, tmp_path / "said", processes)
-        assert run.kill_when(lambda after=after: steps_logged(output) >= after, number)
-        assert run.codes() == [code] * processes
-        (said,) = [line for line in run.stderr() if line.startswith("stopped after step")]
-        step = int(said.split()[3].rstrip(";"))
-        assert step == steps_logged(output)
-        assert f"step-{step:08}" in checkpoints(output)
-    assert launch(args, tmp_path / "said", processes).codes() == [0] * processes
-    assert_same_end(output, uninterrupted("train")) if processes == 1 else None
+    with pytest.raises(SystemExit) as ended:
+        run_cli(args)
+    assert ended.value.code == 143
+    assert run_cli(args) == 130
+    assert run_cli(args) == 0
+    said = capfd.readouterr().err
+    for number in signals:
+        assert f"stopped after step {number}; the same command resumes the run" in said
+        assert f"resuming after step {number}" in said
+    assert_same_end(output, uninterrupted("train"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_command_of_a_finished_run_does_nothing_new(copy: Path, capfd: pytest.CaptureFixture) -> None:
