@@ -80,7 +80,7 @@ def test_signals_end_a_run_with_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """SIGTERM in step 3 and Ctrl-C in step 10, where no checkpoint is due."""
-    output, real = tmp_path / "run", trainer._step
+    output, whole, real = tmp_path / "run", uninterrupted("train"), trainer._step
     signals = {3: signal.SIGTERM, 10: signal.SIGINT}
 
     def step(*args: Any) -> object:
@@ -100,7 +100,7 @@ def test_signals_end_a_run_with_a_checkpoint(
     for number in signals:
         assert f"stopped after step {number}; the same command resumes the run" in said
         assert f"resuming after step {number}" in said
-    assert_same_end(output, uninterrupted("train"))
+    assert_same_end(output, whole)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
