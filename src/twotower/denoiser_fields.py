@@ -43,9 +43,7 @@ class AdapterConfig:
             raise ConfigError(
                 f'config: adapters is {value!r}; it must be an object such as {{"rank": 32, "gate": "masks"}}'
             )
-        rank, gate = value["rank"], value.get("gate", cls.gate)
-        if type(rank) is not int or rank < 1:
-            raise ConfigError(f"config: adapters.rank is {rank!r}; it must be a positive integer")
+        rank, gate = _rank("adapters", value["rank"]), value.get("gate", cls.gate)
         if gate not in GATES:
             raise ConfigError(f"config: adapters.gate is {gate!r}; it must be one of {', '.join(GATES)}")
         return cls(rank, cast(AdapterGate, gate))
@@ -66,10 +64,7 @@ class DraftHeadConfig:
         """
         if not isinstance(value, dict) or value.keys() != {"rank"}:
             raise ConfigError(f'config: draft_head is {value!r}; it must be an object such as {{"rank": 64}}')
-        rank = value["rank"]
-        if type(rank) is not int or rank < 1:
-            raise ConfigError(f"config: draft_head.rank is {rank!r}; it must be a positive integer")
-        return cls(rank)
+        return cls(_rank("draft_head", value["rank"]))
 
 
 @dataclass(frozen=True)
@@ -174,6 +169,12 @@ def refuse_denoiser_fields(fields: Mapping[str, object], model_type: str, needed
     for name in NAMES:
         if fields.get(name) is not None:
             raise ConfigError(f"config: {name} needs model_type {needed!r}, and it is {model_type!r}")
+
+
+def _rank(name: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"config: {name}.rank is {value!r}; it must be a positive integer")
+    return value
 
 
 def check_format(value: object) -> None:

@@ -24,11 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from twotower.file_writes import replace_text, replaced_file
 from twotower.process import configure_process
-from twotower.recipes.stages import RecipeStage, data_options, export_model, run_stages
+from twotower.recipes.stages import RecipeStage, data_options, export_model, recipe_command
 from twotower.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
 
 SEED = 1
 STAGES = ("text", "backbone", "start", "continuations", "denoiser", "longer", "export", "figures")
+STEPS = {"backbone": 4800, "denoiser": 5000, "longer": 3600}
 PROBLEMS, HARD_PROBLEMS = 180_000, 90_000
 DIFFICULTIES = (1, 2, 3)
 PRACTISED_TWICE = ("edits", "recall")  # a small model learns these families last, so they get twice the share
@@ -171,36 +170,12 @@ def measure(data: Path, model: Path) -> None:
     replace_text(model / "metrics.json", text)
 
 
-@click.command()
-@click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    "--stage",
-    "chosen",
-    type=click.Choice(STAGES),
-    multiple=True,
-    help="RecipeStage to run. [default: all that are not finished]",
+main = recipe_command(
+    "Makes the bundled model with two full towers.",
+    STAGES,
+    {"backbone": 4800, "denoiser": 5000, "longer": 3600},
+    stages,
 )
-@click.option("--backbone-steps", type=int, default=4800, show_default=True)
-@click.option("--denoiser-steps", type=int, default=5000, show_default=True)
-@click.option("--longer-steps", type=int, default=3600, show_default=True)
-@click.option(
-    "--processes", type=int, default=1, show_default=True, help="Processes: 1, 2 or 3, which divide the batch size 6."
-)
-def main(
-    data: Path,
-    out: Path,
-    chosen: tuple[str, ...],
-    backbone_steps: int,
-    denoiser_steps: int,
-    longer_steps: int,
-    processes: int,
-) -> None:
-    """Makes the bundled model with two full towers."""
-    configure_process()
-    out.mkdir(parents=True, exist_ok=True)
-    steps = {"backbone": backbone_steps, "denoiser": denoiser_steps, "longer": longer_steps}
-    run_stages(stages(data, out, steps, processes), chosen, processes)
 
 
 if __name__ == "__main__":

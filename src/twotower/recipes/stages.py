@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from twotower.checkpoint.atomic import replace_folder
+from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.training.log_schema import StepRecord
@@ -49,6 +52,45 @@ def run_stages(stages: Sequence[RecipeStage], chosen: Sequence[str], processes: 
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         if code := subprocess.run([*launch, "-m", "twotower", *stage.work]).returncode:
             sys.exit(code)
+
+
+def recipe_command(
+    purpose: str,
+    names: Sequence[str],
+    default_steps: dict[str, int],
+    stages: Callable[[Path, Path, dict[str, int], int], Sequence[RecipeStage]],
+) -> click.Command:
+    """The program of a recipe: DATA, OUT, the stages to run, and the steps of each training stage.
+
+    stages: called with DATA, OUT, the steps and the number of processes.
+    """
+
+    @click.command(help=purpose)
+    @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
+    @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+    @click.option(
+        "--stage",
+        "chosen",
+        type=click.Choice(names),
+        multiple=True,
+        help="Stage to run. [default: all that are not finished]",
+    )
+    @click.option(
+        "--processes",
+        type=int,
+        default=1,
+        show_default=True,
+        help="Processes: 1, 2 or 3, which divide the batch size 6.",
+    )
+    def main(data: Path, out: Path, chosen: tuple[str, ...], processes: int, **given: int) -> None:
+        configure_process()
+        out.mkdir(parents=True, exist_ok=True)
+        steps = {name: given[f"{name}_steps"] for name in default_steps}
+        run_stages(stages(data, out, steps, processes), chosen, processes)
+
+    for name, steps in default_steps.items():
+        main = click.option(f"--{name}-steps", type=int, default=steps, show_default=True)(main)
+    return main
 
 
 def data_options(shares: dict[Path, float]) -> list[str]:
