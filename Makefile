@@ -22,7 +22,7 @@ test-slow: .venv/.installed-smollm2 browser
 # Real clients of the server. Their packages are installed in build/clients, by the lock files in tests/clients/groups.
 # Without node, the clients of npm are skipped.
 test-clients: .venv/.installed-dev
-	TWOTOWER_CLIENTS=build/clients $(BIN)/python -m pytest tests/clients
+	CLIENT_ENVIRONMENTS=build/clients $(BIN)/python -m pytest tests/clients
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.
 browser:

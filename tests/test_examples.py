@@ -53,7 +53,7 @@ def test_the_commands_of_your_own_model_are_valid() -> None:
     """They take ten minutes, so they are parsed, not run."""
     lines = list(command_lines((EXAMPLES / "own_model.sh").read_text("utf-8")))
     own = [line for line in lines if line.startswith("twotower ")]
-    assert [line.split()[1] for line in own] == ["init", "batch", "train", "curves"]
+    assert [line.split()[1] for line in own] == ["init", "generate-data", "train", "curves"]
     assert [command_problem(line) for line in own] == [None] * 4
     assert (EXAMPLES / "own_model_prompts.jsonl").exists()
 

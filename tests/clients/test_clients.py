@@ -22,7 +22,7 @@ from twotower.server.service import Service
 from twotower.server.settings import ServerSettings
 
 NO_REASONING = "{% if tools %}<think></think>{% endif %}"  # the bundled model would not end it
-FOLDER = os.environ.get("TWOTOWER_CLIENTS")  # of the environments
+FOLDER = os.environ.get("CLIENT_ENVIRONMENTS")  # of the environments
 SECONDS = 300  # of one client
 
 if not FOLDER:

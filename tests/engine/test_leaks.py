@@ -133,7 +133,11 @@ def test_a_document_is_what_it_is_alone(scope: Any) -> None:
         own = (step.batch.document[row] == number).nonzero()[:, 0]
         size = step.block_size
         columns = slice(int(own[0]) // size * size, -(-(int(own[-1]) + 1) // size) * size)
-        parts = {name: value[row, columns][None] for name, value in vars(step.batch).items() if name != "index"}
+        parts = {
+            name: value[row, columns][None]
+            for name, value in vars(step.batch).items()
+            if name != "index" and value is not None
+        }
         alone = Batch(**parts, index=step.batch.index[row, None])
         t = step.noise.t[row, columns.start // size : columns.stop // size][None]
         noise = Corruption(t, step.noise.masked[row, columns][None])
