@@ -14,7 +14,7 @@ serve: .venv/.installed-serve
 # Two processes, each with files of its own and one thread: the tests are small, and a second thread only gets in the way.
 # The last lines name the code paths (instruction sets) that were covered: tests/code_paths.py.
 test: .venv/.installed-dev browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.installed-smollm2 browser
 	$(BIN)/python -m pytest -m "slow or not slow" -s

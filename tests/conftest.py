@@ -60,10 +60,11 @@ SHAPE = {
     "routed_scaling_factor": 1.5,
 }
 
-# Long files come first, so that no worker runs a long file last.
+# Long files come first, so that no worker runs a long file last. `make test` keeps xdist from sorting files anew.
 LONG_FILES = (
     "test_benchmarks.py", "test_avx2.py", "test_avx512.py", "test_avx512_bf16.py", "test_none.py", "test_page.py",
-    "test_goldens_decoding.py", "test_backbones.py", "test_two_processes.py", "test_trainer.py",
+    "test_triton_compile.py", "test_goldens_decoding.py", "test_backbones.py", "test_two_processes.py",
+    "test_trainer.py",
 )  # fmt: skip
 
 
