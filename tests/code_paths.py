@@ -53,6 +53,11 @@ def forced_path() -> str | None:
     return name if name in PATHS else None
 
 
+def own_path() -> str:
+    """The code path that this processor has without limits: the first that it supports."""
+    return next(name for name in PATHS if cpu_target.unsupported_reason(cpu_target.TARGETS[name]) is None)
+
+
 def run_path(name: str, what: Literal["subset", "everything"], record: Record) -> None:
     """Runs dependent tests in a process that is limited to one code path.
 
@@ -60,6 +65,9 @@ def run_path(name: str, what: Literal["subset", "everything"], record: Record) -
     """
     if forced_path() is not None:
         pytest.skip(f"this process is limited to {forced_path()} itself")
+    if what == "subset" and name == own_path():
+        record(PROPERTY, f"{name}: this processor's own path, on which all other tests run")
+        pytest.skip("all other tests run on this path")
     built = library.build(cpu_target.TARGETS[name])  # compiled before the tests of the path start
     if isinstance(built, str) and name != "none":
         record(PROPERTY, f"{name}: not covered: {built}")

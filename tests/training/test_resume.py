@@ -76,6 +76,17 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     assert checkpoints(output) == ["step-00000020", "step-00000022"]  # no unfinished checkpoint
 
 
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """The handlers of a program in a terminal; a shell in the background switches SIGINT off."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("usual_signals")
 def test_signals_end_a_run_with_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
