@@ -156,6 +156,7 @@ def test_two_processes_and_a_denoiser_that_lacks_layers(more: tuple[str, ...], t
     assert difference(one, tmp_path / "two") < 2e-5
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_tied_head(tmp_path: Path) -> None:
     """The embedding, which cannot be shared evenly, is one sharded parameter with both gradients."""
     args = tiny_run.given().train(

@@ -224,6 +224,7 @@ def test_a_context_that_learns_is_scored_anew(alone: World, tmp_path: Path) -> N
     assert log[2]["validation"]["ar_nll"] < log[1]["validation"]["ar_nll"]
 
 
+@pytest.mark.slow
 def test_two_processes_say_the_same(alone: World, tmp_path: Path) -> None:
     """Sharded, with the same documents."""
     with socket.socket() as free:
