@@ -103,11 +103,16 @@ class DenoiserConfig:
             )
         if self.adapters is not None:
             self._check_gate(self.adapters.gate)
-        if self.draft_head is not None and (self.adapters is None or self.adapters.gate != "masks"):
+        if self.draft_head is not None and not self.acts_at_masks:
             raise ConfigError(
                 'config: draft_head needs adapters with gate "masks"; remove draft_head, or make a checkpoint with '
                 "twotower init --denoiser-lora R --draft-head R"
             )
+
+    @property
+    def acts_at_masks(self) -> bool:
+        """Whether the denoiser is adapters that act from the first mask of a block on."""
+        return self.adapters is not None and self.adapters.gate == "masks"
 
     def _check_gate(self, gate: AdapterGate) -> None:
         if gate == "masks" and (self.prediction_shift != 1 or self.block_attention != "prefix_causal"):

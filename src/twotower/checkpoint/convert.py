@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import denoiser_tensors, gguf_file, names, one_tower, peft_adapters, pretrained, reader
+from twotower.checkpoint import denoiser_tensors, names, one_tower, peft_adapters, pretrained, reader
 from twotower.checkpoint.converted_tensors import check_stored, fresh_tensors, tensors_to_write
 from twotower.checkpoint.denoiser_choices import NO_CHOICES, DenoiserChoices, given_adapters
 from twotower.checkpoint.denoiser_tensors import DenoiserTensors, FeedForwardMaker
@@ -28,9 +28,9 @@ from twotower.checkpoint.mask_token import MaskToken, is_ordinary_token
 from twotower.checkpoint.mask_token import choose as choose_mask_token
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.one_tower import OneTowerCheckpoint
+from twotower.checkpoint.one_tower_model import local_source
 from twotower.checkpoint.output_folder import check_target, unfinished_folder
 from twotower.checkpoint.peft_adapters import AdapterFolder
-from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.denoiser_fields import DenoiserConfig
@@ -111,7 +111,7 @@ def convert(
         ArgumentError: a wrong argument, a directory that may not be replaced, or not enough disk space.
     """
     target = check_target(Path(directory), overwrite)
-    origin = Path(source) if str(source).endswith(gguf_file.SUFFIX) else resolve_source(source, {})
+    origin = local_source(source)
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
     stored = given_adapters(adapters, mask_token, denoiser_lora, choices.given)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from twotower.checkpoint.peft_adapters import AdapterFolder
-from twotower.denoiser_fields import AdapterConfig, AdapterGate, BlockAttention, DenoiserConfig, DraftHeadConfig
+from twotower.denoiser_fields import AdapterGate, BlockAttention, DenoiserConfig, DraftHeadConfig
 from twotower.errors import ArgumentError
 
 
@@ -63,14 +63,12 @@ class DenoiserChoices:
                 "--denoiser-lora, or leave out --draft-head",
                 param="draft_head",
             )
-        adapters = None if rank is None else AdapterConfig(rank, self.adapter_gate or "masks")
-        gated = adapters is not None and adapters.gate == "masks"
-        usual: tuple[int, BlockAttention] = (1, "prefix_causal") if gated else (0, "full")
-        return DenoiserConfig(
-            prediction_shift=usual[0] if self.prediction_shift is None else self.prediction_shift,
-            block_attention=self.block_attention or usual[1],
+        usual = DenoiserConfig() if rank is None else DenoiserConfig.with_adapters(rank, self.adapter_gate or "masks")
+        return replace(
+            usual,
+            prediction_shift=usual.prediction_shift if self.prediction_shift is None else self.prediction_shift,
+            block_attention=self.block_attention or usual.block_attention,
             first_from_ar=self.first_from_ar,
-            adapters=adapters,
             draft_head=None if self.draft_head is None else DraftHeadConfig(self.draft_head),
         )
 

@@ -72,14 +72,7 @@ BLOCK_ATTENTIONS = ("full", "prefix_causal")
     metavar="DATA",
     help="Text for --denoiser-feed-forward: a file or data set as in twotower train. Can be repeated.",
 )
-@click.option(
-    "--calibration-tokens",
-    metavar="N",
-    type=click.IntRange(1),
-    default=65_536,
-    show_default=True,
-    help="Tokens of --calibrate to read.",
-)
+@models.calibration_tokens_option
 @click.option(
     "--adapter-gate",
     type=click.Choice(GATES),

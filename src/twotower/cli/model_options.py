@@ -63,6 +63,14 @@ difficulty_option = click.option(
     show_default=True,
     help="Difficulty of the problems, 1 to 5. Can be repeated.",
 )
+calibration_tokens_option = click.option(
+    "--calibration-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=65_536,
+    show_default=True,
+    help="Tokens of --calibrate to read.",
+)
 problem_seed_option = click.option(
     "--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems."
 )

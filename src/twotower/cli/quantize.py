@@ -50,14 +50,7 @@ if TYPE_CHECKING:
     help="Round int4 weights for the inputs that this text gives them: a file or data set as in twotower train. Can be "
     "repeated.",
 )
-@click.option(
-    "--calibration-tokens",
-    metavar="N",
-    type=click.IntRange(1),
-    default=65_536,
-    show_default=True,
-    help="Tokens of --calibrate to read.",
-)
+@models.calibration_tokens_option
 @click.option(
     "--report",
     is_flag=False,

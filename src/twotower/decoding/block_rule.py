@@ -38,8 +38,7 @@ class BlockRule:
     @classmethod
     def of(cls, denoiser: DenoiserConfig) -> BlockRule:
         """The rule that a checkpoint chooses."""
-        adapters = denoiser.adapters
-        return cls(denoiser.prediction_shift, denoiser.first_from_ar, adapters is not None and adapters.gate == "masks")
+        return cls(denoiser.prediction_shift, denoiser.first_from_ar, denoiser.acts_at_masks)
 
     def begins_with_text(self, mode: str) -> bool:
         """Whether the first input of a block is the pending token: the last of the text, not yet in the state."""
