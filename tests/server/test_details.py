@@ -142,7 +142,10 @@ def test_values_that_mean_off(served: RunningServer, path: str) -> None:
         ({"prompt": {}}, "prompt is {}; it should be a valid string or a list"),
         ({"temperature": "hot"}, 'temperature is "hot"; it should be a valid number'),
         ({"response_format": 5}, "response_format is 5; it should be an object"),
-        ({"prompt": "a", "max_tokens": 600}, "max_tokens is 600, together longer than the 512 tokens"),
+        (
+            {"prompt": "a", "max_tokens": 600},
+            "maximum context length is 512 tokens. prompt has 1 tokens and max_tokens is 600",
+        ),
         ({"response_format": {"type": "json_object"}, "mode": "diffusion"}, "response_format needs mode ar or"),
     ],
 )

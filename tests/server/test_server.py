@@ -664,7 +664,7 @@ def test_health_and_ready(served: RunningServer) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/completions", 405), ("DELETE", "/health", 405), ("GET", "/nothing", 404), ("GET", "/docs", 404),
+    [("GET", "/v1/completions", 405), ("DELETE", "/health", 405), ("GET", "/nothing", 404), ("GET", "/redoc", 404),
      ("POST", "/v1/embeddings", 404), ("PUT", "/v1/models", 405), ("GET", "/%00", 404), ("GET", "/..%2f..%2fetc", 404)],
 )  # fmt: skip
 def test_other_paths(served: RunningServer, method: str, path: str, status: int) -> None:

@@ -17,7 +17,7 @@ from twotower.model_loading import eos_of
 from twotower.server.chat_prompts import template_text
 from twotower.server.parsers.selection import has_reasoning, tool_parser
 from twotower.server.reply import PLAIN, ReplyFormat
-from twotower.server.request_errors import RequestError, length_error, request_error
+from twotower.server.request_errors import RequestError, context_error, length_error, request_error
 from twotower.server.request_schemas import (
     PARAMETER_OF_FIELD,
     BaseRequest,
@@ -165,11 +165,10 @@ class ChoiceBuilder:
         allowed = self.tokenizer.longest_text(most)
         if longest > allowed:
             field = request.prompt_field
-            raise RequestError(
-                f"{field} has {longest} characters; a text of this server has at most {most} tokens, which is less "
-                f"than {allowed} characters, so shorten it",
-                param=field,
+            words = (
+                f"{field} has {longest} characters; so many tokens are less than {allowed} characters, so shorten it"
             )
+            raise context_error(most, words, field)
 
     def _echo(self, given: object, prompt: list[int]) -> str:
         """The prompt as the response repeats it: the text of the request, or all of the text of its tokens."""
@@ -216,10 +215,9 @@ class ChoiceBuilder:
             RequestError: The prompt or the length exceeds the server's limits.
         """
         if limits.prompt_tokens is not None and prompt > limits.prompt_tokens:
-            raise RequestError(
-                f"the prompt has {prompt} tokens; this server accepts at most {limits.prompt_tokens}, so shorten it",
-                param=request.field_of("prompt"),
-            )
+            words = f"This server accepts prompts of at most {limits.prompt_tokens} tokens"
+            words = f"{words}; the prompt has {prompt}, so shorten it"
+            raise context_error(self.engine.stats.max_seq_len, words, request.field_of("prompt"))
         wanted, field = request.requested_tokens, request.length_field
         if field is not None and wanted is not None:
             if limits.output_tokens is not None and wanted > limits.output_tokens:

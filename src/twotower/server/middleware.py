@@ -9,9 +9,11 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 import traceback
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -24,7 +26,9 @@ from twotower.server.request_errors import ClientDisconnected, RequestError
 if TYPE_CHECKING:
     from twotower.server.service import Service
 
-AUTHENTICATED_PREFIX = "/v1/"  # of the paths that need a key, if the server has API keys
+# Paths that need a key, if the server has API keys, and those below them.
+AUTHENTICATED_PATHS = ("/v1", "/api", "/tokenize", "/detokenize", "/tokenizer_info")
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # an id of the client that the server keeps
 
 
 class ServerMiddleware:
@@ -46,7 +50,8 @@ class ServerMiddleware:
         status = 499  # the client disconnected before the response started
         body_bytes = 0
         log_fields: dict[str, object] = {}
-        request_id = uuid.uuid4().hex
+        given_id = headers.get(b"x-request-id", b"")
+        request_id = given_id.decode() if REQUEST_ID.fullmatch(given_id) else uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=request_id, key=None, log_fields=log_fields)
 
         async def send_response(message: Message) -> None:
@@ -59,8 +64,8 @@ class ServerMiddleware:
             await send(message)
 
         try:
-            if scope["path"].removeprefix(self.root_path).startswith(AUTHENTICATED_PREFIX):
-                scope["state"]["key"] = self._authenticate(headers.get(b"authorization", b""))
+            if _needs_key(scope["path"].removeprefix(self.root_path)):
+                scope["state"]["key"] = self._authenticate(headers)
             if method in ("POST", "PUT", "PATCH"):
                 body = await self.bodies.read(headers, receive, self.service.settings.limits)
                 body_bytes = len(body)
@@ -101,6 +106,8 @@ class ServerMiddleware:
         path, root = scope["path"], self.root_path
         if root and path != root and not path.startswith(f"{root}/"):
             path = root + path  # the proxy has removed the prefix
+        if stripped := path.removeprefix(root).rstrip("/"):
+            path = root + stripped  # instead of a redirect, which would lose the prefix and the body
         return {
             **scope,
             "path": path,
@@ -108,7 +115,7 @@ class ServerMiddleware:
             "method": "GET" if scope["method"] == "HEAD" else scope["method"],
         }
 
-    def _authenticate(self, header: bytes) -> str | None:
+    def _authenticate(self, headers: Mapping[bytes, bytes]) -> str | None:
         """Returns the digest of the request's API key, or None if the server has no API keys.
 
         Raises:
@@ -116,12 +123,16 @@ class ServerMiddleware:
         """
         if not self.keys:
             return None
-        kind, _, given = header.partition(b" ")
+        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if not given and b"x-api-key" in headers:
+            kind, given = b"bearer", headers[b"x-api-key"]
         digest = _digest(given.strip())
         # All keys are compared in constant time, so that the response time does not reveal a part of a key.
         if not sum([hmac.compare_digest(digest, key) for key in self.keys]) or kind.lower() != b"bearer":
             raise RequestError(
-                "the API key is missing or wrong; send the header Authorization: Bearer KEY", status=401, code="key"
+                "the API key is missing or wrong; send the header Authorization: Bearer KEY or x-api-key: KEY",
+                status=401,
+                code="invalid_api_key",
             )
         return digest
 
@@ -136,6 +147,10 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
     if error.status in (408, 413, 415):  # the rest of the body is not read
         out.headers["connection"] = "close"
     return out
+
+
+def _needs_key(path: str) -> bool:
+    return any(path == start or path.startswith(f"{start}/") for start in AUTHENTICATED_PATHS)
 
 
 def _digest(key: bytes) -> str:

@@ -12,6 +12,7 @@ from twotower.server.request_errors import ClientDisconnected, RequestError
 from twotower.server.settings import Limits
 
 MAX_DISCARDED_BYTES = 1 << 20  # read from a body that is too long, so that the client receives the error
+MAX_MEMBERS = 64  # of a compressed body
 WINDOW_BITS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}  # content-encoding → argument of zlib
 
 
@@ -104,20 +105,25 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _decompress(body: bytes, encoding: bytes, most: int) -> bytes:
-    """The decompressed body; stops after `most` bytes."""
-    decoder = zlib.decompressobj(WINDOW_BITS[encoding])
-    try:
-        out = decoder.decompress(body, most + 1)
-    except zlib.error:
-        raise RequestError(
-            f"the body is not {encoding.decode()} data, which its content-encoding names; correct one of them",
-            code="encoding",
-        ) from None
-    if len(out) > most:
-        raise _too_long(most)
-    if not decoder.eof:
-        raise RequestError("the compressed body ends too early; send all of it", code="encoding")
-    return out
+    """The decompressed body, of one or more members; stops after `most` bytes."""
+    out = b""
+    for _ in range(MAX_MEMBERS):
+        decoder = zlib.decompressobj(WINDOW_BITS[encoding])
+        try:
+            out += decoder.decompress(body, most + 1 - len(out))
+        except zlib.error:
+            raise RequestError(
+                f"the body is not {encoding.decode()} data, which its content-encoding names; correct one of them",
+                code="encoding",
+            ) from None
+        if len(out) > most:
+            raise _too_long(most)
+        if not decoder.eof:
+            raise RequestError("the compressed body ends too early; send all of it", code="encoding")
+        body = decoder.unused_data
+        if not body:
+            return out
+    raise RequestError(f"the compressed body has more than {MAX_MEMBERS} members; send one", code="encoding")
 
 
 def _too_long(most: int) -> RequestError:

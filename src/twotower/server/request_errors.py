@@ -61,8 +61,14 @@ def result_error(result: Generation, constraint_field: str) -> RequestError:
 
 def length_error(error: LengthError, prompt_field: str, length_field: str | None) -> RequestError:
     """Converts an error about the length of a text to the names of the request's fields."""
+    words = f"{prompt_field} has {error.prompt_tokens} tokens"
     if length_field is None:
-        words = f"{prompt_field} has {error.prompt_tokens} tokens, longer than the {error.most} tokens"
-        return RequestError(f"{words} that a text of this server may have; shorten it", param=prompt_field)
-    words = f"{prompt_field} has {error.prompt_tokens} tokens and {length_field} is {error.new_tokens}, together longer"
-    return RequestError(f"{words} than the {error.most} tokens of this server; shorten one of them", param=length_field)
+        return context_error(error.most, f"{words}, longer than that; shorten it", prompt_field)
+    words += f" and {length_field} is {error.new_tokens}, together longer than that; shorten one of them"
+    return context_error(error.most, words, length_field)
+
+
+def context_error(most: int, words: str, field: str | None) -> RequestError:
+    """The error of a text that is longer than `most` tokens. Clients match its code or its first words."""
+    message = f"This model's maximum context length is {most} tokens. {words}"
+    return RequestError(message, param=field, code="context_length_exceeded")
