@@ -1,6 +1,7 @@
 """Register a commit policy of your own and compare it with the default policy.
 
-A commit policy decides which masked positions of a block become final after a denoising pass.
+A commit policy decides which masked positions of a block become final after a denoising pass. Adapters that act at
+masks commit from the left, so this needs a model with a denoiser tower.
 Run: python examples/commit_policy.py
 """
 
@@ -23,7 +24,7 @@ def pairs(seen: Pass, value: Tensor) -> Verdict:
 
 
 register_policy("pairs", pairs, value_meaning="product of two confidences", default=0.7, high=1.0)
-model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
 choices: tuple[tuple[str, float], ...] = (("threshold", 0.8), ("pairs", 0.7), ("pairs", 0.5))
 for policy, value in choices:
     params = GenerationParams.of(

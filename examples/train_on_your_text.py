@@ -1,4 +1,4 @@
-"""Train the denoiser of the bundled model on your text, then generate. The same as a command: twotower train.
+"""Train the denoiser tower of a bundled model on your text, then generate. The same as a command: twotower train.
 
 Run: python examples/train_on_your_text.py [CORPUS.jsonl [RUN]]. A line of the corpus: {"text": "…"}.
 """
@@ -23,7 +23,7 @@ if not corpus.exists():
     corpus.write_text(f"{LINE}\n" * 4, encoding="utf-8")
 
 settings = DenoiserSettings(
-    model=str(bundled_model()),
+    model=str(bundled_model("small")),
     data=(str(corpus),),
     held_out=0.0,  # of so little text, nothing is kept for validation
     stages=(Stage(block_size=16, steps=40),),

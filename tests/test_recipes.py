@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from doc_blocks import command_problem
 
-from twotower.recipes import small
+from twotower.recipes import ablations, adapters, small
 from twotower.recipes.stages import RecipeStage, run_stages
+from twotower.training.recipe import RecipeChoices
 
 
 @pytest.fixture
@@ -51,14 +56,45 @@ def test_a_command_that_fails_ends_the_recipe(tmp_path: Path, commands: list[lis
     assert len(commands) == 1
 
 
-def test_the_stages_of_the_small_model_follow_from_each_other(tmp_path: Path) -> None:
-    """Each command reads what an earlier stage or the data has."""
-    stages = small.stages(Path("data"), tmp_path, dict.fromkeys(("backbone", "denoiser", "longer"), 1), 1)
-    assert [stage.name for stage in stages] == list(small.STAGES)
-    known = {tmp_path / name for name in ("suite.jsonl", "shape.json")}
+@pytest.mark.parametrize("recipe", [small, adapters], ids=["small", "adapters"])
+def test_the_stages_of_a_bundled_model_follow_from_each_other(tmp_path: Path, recipe: ModuleType) -> None:
+    """Each command reads what an earlier stage or the data has, and its options exist."""
+    stages = recipe.stages(Path("data"), tmp_path, dict.fromkeys(recipe.STEPS, 1), 1)
+    assert [stage.name for stage in stages] == list(recipe.STAGES)
+    known = {tmp_path / name for name in ("suite.jsonl", "json.jsonl", "shape.json")}
     for stage in stages:
         words = [] if callable(stage.work) else [word.split("=")[0] for word in stage.work]
         own = stage.result.parent if stage.result.name == "model" else stage.result
         read = {Path(word) for word in words if word.startswith(str(tmp_path))} - {own}
         assert read <= known, stage.name
+        assert not words or command_problem(shlex.join(["twotower", *words])) is None
         known.add(stage.result)
+
+
+def test_the_variants_of_the_ablations_are_valid_commands(tmp_path: Path) -> None:
+    """A choice that does not go with another would fail after minutes of training."""
+    stages = list(ablations.stages(Path("data"), tmp_path, 9, 1))
+    assert [stage.name for stage in stages if stage.result.name == "eval.json"] == list(ablations.VARIANTS)
+    for stage in stages:
+        if not callable(stage.work):
+            assert command_problem(shlex.join(["twotower", *stage.work])) is None, stage.work
+    folders = {ablations.folder(tmp_path, name) for name in ablations.VARIANTS}
+    assert len(folders) == len(ablations.VARIANTS)
+    for variant in ablations.VARIANTS.values():
+        words = iter(variant.train)
+        options = dict(zip(words, words, strict=True))
+        RecipeChoices(
+            recipe=options.get("--recipe"), patterns=options.get("--patterns"), targets=options.get("--targets")
+        ).resolve(gated=variant.rates is ablations.GATED_RATES)
+
+
+def test_the_table_of_ablations_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ablations.folder(tmp_path, "rank 8")
+    own.mkdir()
+    found = [
+        {"setting": name, "tokens_per_pass": {"overall": passes}, "against_ar": {"overall": {"kept": [0.985, 0.9, 1]}}}
+        for name, passes in zip(ablations.MEASURED, (3.456, 2.345), strict=True)
+    ]
+    (own / "eval.json").write_text(json.dumps({"settings": found}))
+    monkeypatch.setattr(ablations, "_trained", lambda model: 123_456)
+    assert list(ablations.table(tmp_path))[2:] == ["| rank 8 | 0.12 M | 3.46 | 2.35 | 98.5% |"]

@@ -18,5 +18,5 @@ MODES_OF_FIELD: dict[str, tuple[str, ...]] = {
     "steps": ("diffusion", AUTO),
     **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
 }
-# Settings (decoding/presets.py) that are compared with AR by default: those of the bundled model's card.
-COMPARED_SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
+# Settings (decoding/presets.py) that are compared with AR by default.
+COMPARED_SETTINGS = ("diffusion:0.9", "diffusion:0.95", "verified:draft_steps=1")

@@ -16,13 +16,13 @@ from tokenizers import Tokenizer
 
 from twotower.assets import bundled_model
 from twotower.decoding.modes import COMPARED_SETTINGS
-from twotower.decoding.presets import AR, parse_setting, with_ar
+from twotower.decoding.presets import AR, Setting, parse_setting, with_ar
 from twotower.engine import Request
 from twotower.evaluation.accuracy import measure_accuracy, repeated_share
 from twotower.evaluation.likelihood import ar_nats, continuation_nats
 from twotower.evaluation.ngram import KneserNey
 from twotower.evaluation.running import generate_all
-from twotower.evaluation.tasks import make_problems
+from twotower.evaluation.tasks import SUITE, make_problems
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.process import configure_process
 from twotower.tokenizer import require_tokenizer
@@ -55,15 +55,17 @@ def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
     return [cut_dialogue(text, rng) for text in rng.sample(list(texts), count)]
 
 
-def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int) -> dict[str, object]:
-    """Greedy continuations of cut dialogues in each setting of the card, with at most `limit` new tokens."""
+def measure_dialogues(
+    model: TwoTowerForCausalLM, settings: Sequence[Setting], texts: Sequence[str], count: int, limit: int
+) -> dict[str, object]:
+    """Greedy continuations of cut dialogues in AR and each setting, with at most `limit` new tokens."""
     tokenizer = require_tokenizer(model.tokenizer)
     prompts = [tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
     prompts.sort(key=len)  # prompts of similar length share a batch
     figures: dict[str, object] = {}
     nats_of_ar = math.nan  # per token; AR comes first
     shared = {"max_new_tokens": limit, "eos_token_id": EOS, "mask_token_id": model.config.mask_token, "seed": 0}
-    for setting in with_ar([parse_setting(text) for text in COMPARED_SETTINGS]):
+    for setting in with_ar(settings):
         params = setting.params(**shared)
         results = generate_all(model, [Request(prompt, params) for prompt in prompts], rows=40)
         nats, tokens = continuation_nats(model, prompts, results)
@@ -82,16 +84,18 @@ def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: i
     return figures | {"count": count, "max_new_tokens": limit}
 
 
-def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[str, object]:
-    """Accuracy on `count` test problems of all families in each setting of the card."""
-    chosen = make_problems("test", count, SEED, difficulties=(level,))
-    lines = measure_accuracy(model, [parse_setting(text) for text in COMPARED_SETTINGS], chosen, likelihood=False)
+def measure_suite(
+    model: TwoTowerForCausalLM, settings: Sequence[Setting], count: int, level: int, families: Sequence[str] = SUITE
+) -> dict[str, object]:
+    """Accuracy on `count` test problems of the families in AR and each setting."""
+    chosen = make_problems("test", count, SEED, families, difficulties=(level,))
+    lines = measure_accuracy(model, settings, chosen, likelihood=False)
     return {line.setting: line.to_dict() for line in lines} | {"problems": count}
 
 
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
+@click.option("-m", "--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
 @click.option("--dialogues", default=200, show_default=True, help="Held-out dialogues to continue.")
 @click.option("--limit", default=400, show_default=True, help="Maximum number of new tokens for each dialogue.")
 @click.option(
@@ -101,6 +105,19 @@ def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[st
     show_default=True,
     help="Problems of the suite's test split; 0 for none.",
 )
+@click.option(
+    "--json-problems", default=0, show_default=True, help="Problems of the family json, at each level; 0 for none."
+)
+@click.option(
+    "-s",
+    "--setting",
+    "settings",
+    multiple=True,
+    default=COMPARED_SETTINGS,
+    show_default=True,
+    metavar="MODE[:VALUE,NAME=X…]",
+    help="Decoding setting to compare with AR. Can be repeated.",
+)
 @click.option("--likelihood/--no-likelihood", default=True, help="Measure bits per byte, and those of a 5-gram model.")
 @click.option("--dtype", default="float32", show_default=True)
 def main(
@@ -109,11 +126,14 @@ def main(
     dialogues: int,
     limit: int,
     problem_count: int,
+    json_problems: int,
+    settings: tuple[str, ...],
     likelihood: bool,
     dtype: str,
 ) -> None:
     """Measure a model on held-out dialogues and on the procedural suite."""
     configure_process()
+    compared = [parse_setting(text) for text in settings]
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
     tokenizer = require_tokenizer(model.tokenizer).backend_tokenizer
     texts = read_documents(data / "valid.jsonl.gz")
@@ -126,9 +146,12 @@ def main(
         train = encode(tokenizer, read_documents(data / "train.jsonl.gz"))
         ngram = KneserNey(train, order=5, vocab_size=model.spec.vocab_size)
         figures["5gram_bits_per_byte"] = ngram.nats(documents) / bits
-    figures["dialogues"] = measure_dialogues(model, texts, dialogues, limit)
-    if problem_count:
-        figures["suite"] = {f"difficulty_{level}": measure_suite(model, problem_count, level) for level in (1, 2)}
+    figures["dialogues"] = measure_dialogues(model, compared, texts, dialogues, limit)
+    for name, count, families in (("suite", problem_count, SUITE), ("json", json_problems, ("json",))):
+        if count:
+            figures[name] = {
+                f"difficulty_{level}": measure_suite(model, compared, count, level, families) for level in (1, 2)
+            }
     click.echo(json.dumps(figures, indent=2))
 
 

@@ -1,6 +1,6 @@
 """Prints the tables of the bundled model's card: `python -m twotower.recipes.card MODEL_DIR`.
 
-Reads metrics.json (`evaluation.held_out`) and training.jsonl (`recipes.bundled`) of the directory and prints Markdown.
+Reads metrics.json (`evaluation.held_out`) and training.jsonl (`recipes.stages`) of the directory and prints Markdown.
 The card contains these tables; a test compares them.
 """
 
@@ -13,8 +13,6 @@ from typing import Any
 
 import click
 
-TITLES = {"ar": "AR", "diffusion:0.8": "threshold 0.8", "diffusion:0.9": "threshold 0.9"}
-LOSSLESS = "verified:draft_steps=1"
 Figures = dict[str, Any]  # a JSON object of one of the files
 
 
@@ -24,8 +22,25 @@ def tables(directory: Path) -> dict[str, list[str]]:
     records = [json.loads(line) for line in (directory / "training.jsonl").read_text(encoding="utf-8").splitlines()]
     made = {"training": list(training(records)), "dialogues": list(dialogues(metrics["dialogues"]))}
     for level, figures in metrics["suite"].items():
-        made[level.replace("_", " ")] = list(suite(figures))
+        made[level.replace("_", " ")] = list(problems(figures))
+    for level, figures in metrics.get("json", {}).items():
+        made[f"json, {level.replace('_', ' ')}"] = list(problems(figures))
     return made
+
+
+def settings_of(figures: Figures) -> dict[str, Figures]:
+    """Figures of each setting, by its title in a table: AR, thresholds, verified."""
+    found = {name: of for name, of in figures.items() if isinstance(of, dict)}
+    return {_title(name): of for name, of in found.items()}
+
+
+def _title(setting: str) -> str:
+    mode, _, value = setting.partition(":")
+    return {"ar": "AR", "diffusion": f"threshold {value}"}.get(mode, mode)
+
+
+def _short(title: str) -> str:
+    return title.removeprefix("threshold ")
 
 
 def training(records: list[Figures]) -> Iterator[str]:
@@ -42,14 +57,11 @@ def training(records: list[Figures]) -> Iterator[str]:
 
 def dialogues(figures: Figures) -> Iterator[str]:
     """Table of continuations of held-out dialogues, with a column for each setting."""
-    columns = {name: figures[setting] for setting, name in {**TITLES, LOSSLESS: "verified"}.items()}
+    columns = settings_of(figures)
     yield "| figure | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     rows: dict[str, Callable[[Figures], str]] = {
-        "tokens per denoiser pass": lambda f: (
-            f"{f['tokens'] / f['denoiser_passes']:.2f}" if f["denoiser_passes"] else ""
-        ),
-        "tokens per pass of both towers": lambda f: f"{f['tokens_per_pass']:.2f}",
+        "tokens per pass": lambda f: f"{f['tokens_per_pass']:.2f}",
         "the context tower's NLL of the text, nats a token": lambda f: (
             f"{f['nll_per_token']:.3f} ({f['nll_ratio']:.2f}×)"
         ),
@@ -60,20 +72,18 @@ def dialogues(figures: Figures) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(map(show, columns.values())) + " |"
 
 
-def suite(figures: Figures) -> Iterator[str]:
-    """Table of problems: exact answers, tokens per denoising pass, and for verified mode per pass of both towers."""
-    yield (
-        "| family | "
-        + " | ".join(f"{title} right" for title in TITLES.values())
-        + " | tokens/pass 0.8 | 0.9 | verified |"
-    )
-    yield "|---" * (len(TITLES) + 4) + "|"
+def problems(figures: Figures) -> Iterator[str]:
+    """Table of problems: right answers and tokens per pass; numbers are thresholds. Verified mode answers as AR."""
+    settings = settings_of(figures)
+    answering = {title: of for title, of in settings.items() if title != "verified"}
+    counted = {title: of for title, of in settings.items() if title != "AR"}
+    right = " | ".join(f"{title} right" for title in map(_short, answering))
+    yield f"| family | {right} | tokens per pass: {' | '.join(map(_short, counted))} |"
+    yield "|---" * (len(answering) + len(counted) + 1) + "|"
     for family in figures["ar"]["accuracy"]:
-        shares = [f"{figures[setting]['accuracy'][family]:.1%}" for setting in TITLES]
-        diffusion = [figures[setting] for setting in TITLES if setting != "ar"]
-        speeds = [found["tokens"][family] / found["denoiser_passes"][family] for found in diffusion]
-        speeds.append(figures[LOSSLESS]["tokens_per_pass"][family])
-        yield f"| {family} | " + " | ".join(shares + [f"{speed:.2f}" for speed in speeds]) + " |"
+        cells = [f"{of['accuracy'][family]:.1%}" for of in answering.values()]
+        cells += [f"{of['tokens_per_pass'][family]:.2f}" for of in counted.values()]
+        yield f"| {family} | " + " | ".join(cells) + " |"
 
 
 @click.command()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower.checkpoint.atomic import replace_folder
+from twotower.file_writes import replace_text
 from twotower.process import configure_process
 
 if TYPE_CHECKING:
@@ -112,6 +113,14 @@ def export_model(source: Path, target: Path, runs: dict[str, Path]) -> None:
             records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
             lines.writelines(json.dumps(record) + "\n" for record in thinned(name, records))
     replace_folder(partial, target)
+
+
+def measure(data: Path, model: Path, settings: Sequence[str], *options: str) -> None:
+    """Writes metrics.json, the figures of the model card: `evaluation.held_out` with these settings and options."""
+    command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(model), *options]
+    command += [word for setting in settings for word in ("-s", setting)]
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    replace_text(model / "metrics.json", text)
 
 
 def thinned(stage: str, records: Sequence[StepRecord]) -> Iterator[dict[str, object]]:
