@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -276,7 +278,10 @@ def test_chat_without_a_template(served: RunningServer, stream: bool) -> None:
     answer = served.post(BOTH[1], {"messages": TURNS, **fields, "stream": stream})
     if stream:
         events = events_of(answer.text)
-        assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        deltas = [event["choices"][0]["delta"] for event in events]
+        assert deltas[0]["role"] == "assistant"
+        assert deltas[0]["content"]  # the role comes with the first text
+        assert all("role" not in delta for delta in deltas[1:])
         assert all(event["object"] == "chat.completion.chunk" for event in events)
         assert texts_of(events) == {0: expected}
     else:
@@ -336,6 +341,52 @@ def test_include_usage_adds_a_last_chunk(served: RunningServer, path: str) -> No
     assert events[-1]["usage"] == whole
     silent = served.post(path, fields | {"stream": True, "stream_options": {"include_usage": False}})
     assert all("usage" not in event for event in events_of(silent.text))
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_continuous_usage(served: RunningServer, path: str) -> None:
+    """Every chunk with choices has the tokens so far, also of choices whose texts came before."""
+    fields = START[path] | {"seed": 2, "max_tokens": 20, "n": 2, "mode": "ar", "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = events_of(served.post(path, fields | {"stream_options": options}).text)
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts[0] >= 1
+    assert counts == sorted(counts)
+    assert counts[-2] == counts[-1]
+    assert len({event["usage"]["prompt_tokens"] for event in events}) == 1
+    assert all(event["usage"].keys() == {"prompt_tokens", "completion_tokens", "total_tokens"} for event in events[:-1])
+    silent = served.post(path, fields | {"stream_options": {"continuous_usage_stats": True}})
+    assert all("usage" not in event for event in events_of(silent.text))  # as in vLLM, it needs include_usage
+
+
+def test_no_chunk_before_the_first_text(served: RunningServer) -> None:
+    """The time of the first chunk with choices is the time to the first token. An echo comes with the text too."""
+    bodies = {BOTH[0]: {"prompt": PROMPT, "echo": True}, BOTH[1]: {"messages": TURNS[:1]}}
+    for path, body in bodies.items():
+        with served.client() as client, served.step_gate.closed():
+            done: list[bytes] = []
+            ask = body | {"stream": True, "mode": "ar", "seed": 1, "max_tokens": 4}
+
+            def read(client: Any = client, path: str = path, ask: Any = ask, done: list[bytes] = done) -> None:
+                with client.stream("POST", path, json=ask) as answer:
+                    done.extend(answer.iter_raw())
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            served.step_gate.wait_blocked()
+            time.sleep(0.05)
+            assert done == []
+            served.step_gate.allow(None)
+            thread.join(20)
+            assert b"data: " in done[0]
+    answer = served.complete(PROMPT, echo=True, stream=True, mode="ar", seed=1, max_tokens=4)
+    first = events_of(answer.text)[0]["choices"][0]["text"]
+    assert first.startswith(PROMPT)
+
+
+def test_a_chat_without_text_has_a_role(served: RunningServer) -> None:
+    events = events_of(served.chat(stream=True, max_tokens=0).text)
+    assert [event["choices"][0]["delta"] for event in events] == [{"role": "assistant", "content": ""}]
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -400,10 +451,11 @@ def breaking() -> Iterator[str]:
 
 
 def test_an_error_after_the_start_of_a_stream_is_an_event(served: RunningServer, breaking: str) -> None:
-    events = events_of(served.chat(policy=breaking, stream=True).text)
-    assert "error" not in events[0]
-    assert set(events[-1]) == {"error"}
-    assert events[-1]["error"]["type"] == "server_error"
+    answer = served.chat(policy=breaking, stream=True)
+    assert answer.status_code == 200
+    (event,) = events_of(answer.text)
+    assert set(event) == {"error"}
+    assert event["error"]["type"] == "server_error"
     assert served.chat(policy=breaking).status_code == 500
     assert text_of(served.complete(seed=1)) == expected_output(PROMPT, seed=1).text  # other requests are not affected
     wait_until(served.is_idle)

@@ -64,11 +64,6 @@ class ChatResponseBuilder(ResponseBuilder):
             ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage(results))
         )
 
-    def first_chunk(self, choice: Choice) -> bytes | None:
-        delta = ChoiceDelta(role="assistant", content="")
-        part = ChatCompletionChunkChoice(index=choice.index, delta=delta, logprobs=None, finish_reason=None)
-        return self._chunk(choices=[part])
-
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         last = event.result is not None
         delta = delta_of(self._readers[choice.index].take(event.tokens, event.text, last))
@@ -78,6 +73,8 @@ class ChatResponseBuilder(ResponseBuilder):
         shown = delta.model_fields_set or (logprobs and logprobs.content) or last or self.request.stream_denoising
         if not shown:
             return None
+        if choice.index not in self._begun:  # with the first text, so that clients measure the time to it
+            delta = delta.model_copy(update={"role": "assistant"} | ({} if delta.model_fields_set else {"content": ""}))
         end = self._end(choice, event.result)
         if event.result is not None:
             end["finish_reason"] = _finish_reason(event.result, choice.index in self._called)

@@ -35,21 +35,14 @@ class CompletionResponseBuilder(ResponseBuilder):
             )
         return to_json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
 
-    def first_chunk(self, choice: Choice) -> bytes | None:
-        # With logprobs, the prompt and its log-probabilities come with the first block.
-        if not choice.echo or self.request.logprobs is not None:
-            return None
-        part = CompletionChoice(index=choice.index, text=choice.echo, logprobs=None, finish_reason=None)
-        return self._chunk(choices=[part])
-
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text, logprobs = event.text, None
         if self.request.logprobs is not None:
             logprobs = self._logprobs(choice, event.prompt_logprobs, event.logprobs)
-            if event.prompt_logprobs:
-                text = choice.echo + text
         elif not text and event.result is None and not self.request.stream_denoising:
             return None
+        if choice.index not in self._begun:
+            text = choice.echo + text
         part = CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, event.result))
         return self._chunk(choices=[part], **self._committed(choice, event))
 

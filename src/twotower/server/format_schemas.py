@@ -17,6 +17,9 @@ class StreamOptions(StrictModel):
     """Options of a stream."""
 
     include_usage: bool = Field(False, description="Send a last chunk with the usage of the whole request.")
+    continuous_usage_stats: bool = Field(
+        False, description="With include_usage: every chunk with choices has the tokens so far."
+    )
     include_obfuscation: Literal[False] = False
 
 

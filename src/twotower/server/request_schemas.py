@@ -191,6 +191,10 @@ class BaseRequest(StrictModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
 
 class CompletionRequest(BaseRequest):
     """Body of `POST /v1/completions`."""

@@ -80,22 +80,33 @@ class ResponseBuilder:
             "system_fingerprint": f"twotower-{VERSION}",
         }
         self._results: dict[int, Generation] = {}
+        self._begun: set[int] = set()  # choices with a chunk
+        self._written: dict[int, int] = {}  # new tokens of each choice
 
     def full_response(self, results: Sequence[Generation]) -> bytes:
         """The response with all choices, as JSON."""
         raise NotImplementedError
 
-    def first_chunk(self, choice: Choice) -> bytes | None:
-        """The chunk of a choice before its first block, if the endpoint has one."""
-        raise NotImplementedError
+    def event_chunk(self, choice: Choice, event: Event) -> bytes | None:
+        """The chunk of an event; None: the event adds nothing yet."""
+        if isinstance(event, StepEvent):
+            return self.denoising_chunk(choice, event)
+        self._written[choice.index] = event.start + len(event.tokens)
+        chunk = self.block_chunk(choice, event)
+        if chunk is not None:
+            self._begun.add(choice.index)
+        return chunk
 
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
-        """The chunk of a block; None: the block adds nothing yet."""
+        """The chunk of a block; None: the block adds nothing yet. `_begun` has the choices with earlier chunks."""
         raise NotImplementedError
 
     def _chunk(self, **fields: object) -> bytes:
-        empty = {"usage": None} if self.request.include_usage else {}
-        return to_json(self.chunk_model(**self.head, object=self.chunk_object, **(empty | fields)))
+        usage: dict[str, object] = {}
+        if self.request.include_usage:
+            continuous = self.request.continuous_usage and fields.get("choices")
+            usage = {"usage": self._usage_so_far() if continuous else None}
+        return to_json(self.chunk_model(**self.head, object=self.chunk_object, **(usage | fields)))
 
     def denoising_chunk(self, choice: Choice, event: StepEvent) -> bytes:
         """The chunk of a denoising pass: the block after the pass, without text."""
@@ -132,6 +143,13 @@ class ResponseBuilder:
         if not self.request.include_usage:
             return None
         return self._chunk(choices=[], usage=self._usage([self._results[choice.index] for choice in self.choices]))
+
+    def _usage_so_far(self) -> Usage:
+        """The tokens of all choices up to this chunk. Passes are counted at the end."""
+        prompts = self.choices[:: self.request.n]
+        read = sum(len(choice.engine_request.prompt) for choice in prompts)
+        written = sum(self._written.values())
+        return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
     def _end(self, choice: Choice, result: Generation | None) -> EndFields:
         if result is None:

@@ -19,14 +19,15 @@ class Usage(BaseModel):
     """Token counts of a request.
 
     passes: passes of the tower that generates tokens (verified: of both towers); tokens_per_pass: new tokens per pass.
+    With continuous_usage_stats, the chunks before the last one have only the numbers of tokens.
     """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    passes: int
-    tokens_per_pass: float
+    prompt_tokens_details: PromptTokensDetails | None = None
+    passes: int | None = None
+    tokens_per_pass: float | None = None
 
 
 class DecodingStats(BaseModel):

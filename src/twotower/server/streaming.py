@@ -13,7 +13,6 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from twotower.decoding.output import StepEvent
 from twotower.server.choice_events import KEEPALIVE_SECONDS
 from twotower.server.choices import Choice
 from twotower.server.request_errors import ClientDisconnected, RequestError
@@ -71,9 +70,6 @@ async def event_stream(
     An error after the start of the stream is its last event, as the JSON body of an error response.
     """
     try:
-        for choice in choices:
-            if (chunk := builder.first_chunk(choice)) is not None:
-                yield _sse_event(chunk)
         sent = time.monotonic()
         async with aclosing(service.events(choices)) as events:
             async for item in events:
@@ -83,13 +79,7 @@ async def event_stream(
                     sent = time.monotonic()
                 if item is None:
                     continue
-                choice, event = item
-                chunk = (
-                    builder.denoising_chunk(choice, event)
-                    if isinstance(event, StepEvent)
-                    else builder.block_chunk(choice, event)
-                )
-                if chunk is not None:
+                if (chunk := builder.event_chunk(*item)) is not None:
                     yield _sse_event(chunk)
                     sent = time.monotonic()
         if (chunk := builder.usage_chunk()) is not None:
