@@ -21,7 +21,8 @@ from twotower import LLM, TwoTowerForCausalLM, bundled_model
 from twotower.server.service import Service
 from twotower.server.settings import ServerSettings
 
-NO_REASONING = "{% if tools %}<think></think>{% endif %}"  # the bundled model would not end it
+# The bundled model, which writes constrained texts, would not end its reasoning.
+NO_REASONING = '{% if messages[-1].content != "think" %}<think></think>{% endif %}'
 FOLDER = os.environ.get("CLIENT_ENVIRONMENTS")  # of the environments
 SECONDS = 300  # of one client
 

@@ -15,8 +15,8 @@ from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.server.completion_requests import CompletionRequest
 from twotower.server.request_errors import RequestError
-from twotower.server.request_schemas import CompletionRequest
 
 
 @pytest.fixture(scope="module")

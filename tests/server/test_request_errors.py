@@ -21,8 +21,8 @@ from twotower.decoding.structured import Constraint
 from twotower.engine.admission import check_model
 from twotower.engine.jobs import engine_for, read_lines, run_job
 from twotower.errors import ArgumentError
+from twotower.server.completion_requests import ChatCompletionRequest, CompletionRequest
 from twotower.server.request_errors import request_error
-from twotower.server.request_schemas import ChatCompletionRequest, CompletionRequest
 from twotower.server.settings import Limits
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from twotower import GenerationParams, generate
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
-from twotower.server.request_schemas import UNSUPPORTED_FIELDS, ChatCompletionRequest, CompletionRequest
+from twotower.server.completion_requests import ChatCompletionRequest, CompletionRequest
+from twotower.server.request_schemas import UNSUPPORTED_FIELDS
 
 PROMPT = "the quick"
 BOTH = ("/v1/completions", "/v1/chat/completions")

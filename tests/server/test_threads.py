@@ -21,7 +21,7 @@ from twotower.decoding.stopping import Detokenizer
 from twotower.engine.core import EngineCore
 from twotower.engine.engine_options import EngineOptions
 from twotower.server.conversation import Conversation
-from twotower.server.request_schemas import Message
+from twotower.server.message_schemas import Message
 from twotower.server.service import Service
 from twotower.server.settings import Limits, ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter

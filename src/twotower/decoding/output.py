@@ -26,8 +26,9 @@ class Generation:
     """The result of one row.
 
     tokens: new tokens, up to and including EOS or the token that completed a stop string. text: without special tokens
-    and without the stop string ("" if the model has no tokenizer). committed_at: the denoising pass, from 0, that
-    committed each token in its block. denoiser_passes, context_passes: passes of each tower for this row, without the
+    and without the stop string ("" if the model has no tokenizer). stop_string: the one that ended the row, or "".
+    committed_at: the denoising pass, from 0, that committed each token in its block. denoiser_passes, context_passes:
+    passes of each tower for this row, without the
     prefill. In verified decoding: drafts is the number of rounds with a draft, drafted the tokens in them, accepted the
     accepted ones, rejected the number of drafts with a token that AR did not accept. mode_reason: why mode "auto" chose
     this mode. cached_tokens: prompt tokens from the prefix cache. decode_seconds: from the end of the prefill to the
@@ -55,6 +56,7 @@ class Generation:
     mode_reason: str = ""
     error: str = ""
     error_param: str = ""
+    stop_string: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
@@ -94,7 +96,7 @@ class Generation:
         return {
             name: value
             for name, value in out.items()
-            if value or name not in ("logprobs", "prompt_logprobs", "error_param")
+            if value or name not in ("logprobs", "prompt_logprobs", "error_param", "stop_string")
         }
 
 

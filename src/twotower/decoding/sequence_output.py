@@ -171,6 +171,7 @@ class SequenceOutput:
             mode_reason=self.mode_reason,
             error=self.error,
             error_param=self.error_param,
+            stop_string=self.progress.stop_string,
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
             prefill_seconds=max(self.prefilled - self.started, 0.0),

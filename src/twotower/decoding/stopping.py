@@ -110,6 +110,7 @@ class RowProgress:
         self._final: list[str] = []  # pieces of text; no stop string can begin in them
         self._held = ""  # decoded; may be the beginning of a stop string
         self.finish_reason: FinishReason | None = "length" if limit == 0 else None
+        self.stop_string = ""  # the stop string that ended the row
 
     @property
     def text(self) -> str:
@@ -149,9 +150,10 @@ class RowProgress:
         if not self.stop:
             self._release(len(self._held))
             return
-        found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
+        found = [(at, stop) for at, stop in ((self._held.find(stop), stop) for stop in self.stop) if at >= 0]
         if found:
-            self._release(min(found))
+            at, self.stop_string = min(found)
+            self._release(at)
             self.finish_reason = "stop"
         else:
             self._release(len(self._held) - _possible_start(self._held, self.stop))

@@ -34,7 +34,7 @@ def templated_prompt(tokenizer: Tokenizer, conversation: Conversation) -> str:
             template is one that the server sets.
     """
     template = template_text(tokenizer)
-    check_template_fields(conversation.messages, template)
+    check_template_fields(conversation, template)
     arguments = conversation.template_arguments
     reserved = SERVER_ARGUMENTS | inspect.signature(tokenizer.apply_chat_template).parameters.keys()
     for name in arguments:
@@ -48,7 +48,7 @@ def templated_prompt(tokenizer: Tokenizer, conversation: Conversation) -> str:
     except Exception as error:  # a template can raise any error
         reason = " ".join(f"{error}".split())
         words = f"the chat template of the model rejects these messages: {reason}"
-        raise RequestError(words, param="messages") from None
+        raise RequestError(words, param=conversation.request_field) from None
 
 
 def plain_prompt(messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
@@ -73,26 +73,21 @@ def _plain_text(message: Message) -> str:
     return f"{message.text.strip()} {written}".strip()
 
 
-def check_template_fields(messages: Sequence[Message], template: str) -> None:
+def check_template_fields(conversation: Conversation, template: str) -> None:
     """Raises RequestError if a message has a role or a field whose meaning is lost without a template that reads it.
 
     template: "" for the plain format.
     """
-    for number, message in enumerate(messages):
+    for number, message in enumerate(conversation.messages):
+        place = conversation.place(number)
         if template and message.role == "tool" and not _reads(template, "tool"):
-            raise RequestError(
-                f'messages.{number}.role is "tool", which the chat template of this model does not read; omit the turn',
-                param="messages",
-                code="unsupported",
-            )
+            words = f'{place}.role is "tool", which the chat template of this model does not read; omit the turn'
+            raise RequestError(words, param=conversation.request_field, code="unsupported")
         for name in message.fields_for_templates_only:
             plain = not template and name == "tool_calls" and message.role == "assistant"
             if not plain and not _reads(template, name):
-                raise RequestError(
-                    f"messages.{number}.{name} is a field that the chat template of this model does not read; omit it",
-                    param="messages",
-                    code="unsupported",
-                )
+                words = f"{place}.{name} is a field that the chat template of this model does not read; omit it"
+                raise RequestError(words, param=conversation.request_field, code="unsupported")
 
 
 @lru_cache(maxsize=256)

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
 from twotower.server.choices import Choice
+from twotower.server.completion_requests import ChatCompletionRequest
 from twotower.server.parsers.pieces import CallArguments, CallStart, Piece, ReasoningPiece, Reply, TextPiece
-from twotower.server.reply import ReplyReader
-from twotower.server.request_schemas import ChatCompletionRequest
-from twotower.server.response_builder import FINISH_REASONS, ResponseBuilder, ScoreFields, to_json
+from twotower.server.response_builder import FINISH_REASONS, ChunkBuilder, ScoreFields, to_json
 from twotower.server.response_schemas import (
     AssistantMessage,
     CalledFunction,
@@ -30,7 +29,7 @@ from twotower.server.service import Service
 from twotower.server.text_offsets import ContentLogprobs
 
 
-class ChatResponseBuilder(ResponseBuilder):
+class ChatResponseBuilder(ChunkBuilder):
     """Builds responses of `POST /v1/chat/completions`."""
 
     prefix, chunk_model, chunk_object = "chatcmpl", ChatCompletionChunk, "chat.completion.chunk"
@@ -41,10 +40,6 @@ class ChatResponseBuilder(ResponseBuilder):
         self._contents: dict[int, ContentLogprobs] = {}
         self._readers = {choice.index: self._reader(choice) for choice in choices}
         self._called: set[int] = set()  # choices with a tool call
-
-    def _reader(self, choice: Choice) -> ReplyReader:
-        eos = choice.engine_request.params.eos_token_id
-        return ReplyReader(choice.reply_format, self.tokenizer, eos, choice.strip_leading_space)
 
     def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []

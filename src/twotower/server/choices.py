@@ -15,16 +15,11 @@ from twotower.engine import Request as EngineRequest
 from twotower.errors import ArgumentError, LengthError
 from twotower.model_loading import eos_of
 from twotower.server.chat_prompts import template_text
+from twotower.server.completion_requests import CompletionRequest, GenerationRequest
 from twotower.server.parsers.selection import has_reasoning, tool_parser
 from twotower.server.reply import PLAIN, ReplyFormat
 from twotower.server.request_errors import RequestError, context_error, length_error, request_error
-from twotower.server.request_schemas import (
-    PARAMETER_OF_FIELD,
-    BaseRequest,
-    ChatCompletionRequest,
-    CompletionRequest,
-    GenerationRequest,
-)
+from twotower.server.request_schemas import PARAMETER_OF_FIELD, BaseRequest
 from twotower.server.settings import Limits, ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 
@@ -96,7 +91,7 @@ class ChoiceBuilder:
         sources = request.prompt_list if isinstance(request, CompletionRequest) else [""]
         values = self._values(request, mode, (*request.stop_strings, *prompts.stops), settings)
         seed = _seed(request, mode, settings)
-        logprobs, prompt_logprobs = _logprobs(request)
+        logprobs, prompt_logprobs = request.logprob_counts
         choices: list[Choice] = []
         for given, prompt in zip(sources, prompts.tokens, strict=True):
             values["max_new_tokens"] = self._new_tokens(request, len(prompt), settings.limits)
@@ -109,7 +104,7 @@ class ChoiceBuilder:
                     logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs,
                 )
-                for number in range(request.n)
+                for number in range(request.choice_count)
             ]
             self.engine.check(engine_requests[0])  # the other requests differ only in the seed
             echo = self._echo(given, prompt) if isinstance(request, CompletionRequest) and request.echo else ""
@@ -157,11 +152,11 @@ class ChoiceBuilder:
     def _check_characters(self, request: GenerationRequest) -> None:
         """Raises RequestError if a text is too long for any tokens that fit. Encoding it would delay other requests."""
         most = self.engine.stats.max_seq_len
-        if isinstance(request, ChatCompletionRequest):
-            longest = sum(len(message.text) for message in request.messages)
-            longest += sum(len(json.dumps(tool)) for tool in request.tool_use.definitions)
-        else:
+        if isinstance(request, CompletionRequest):
             longest = max((len(prompt) for prompt in request.prompt_list if isinstance(prompt, str)), default=0)
+        else:
+            longest = sum(len(message.text) for message in request.conversation.messages)
+            longest += sum(len(json.dumps(tool)) for tool in request.tool_use.definitions)
         allowed = self.tokenizer.longest_text(most)
         if longest > allowed:
             field = request.prompt_field
@@ -235,7 +230,7 @@ def _check_count(request: GenerationRequest, limits: Limits) -> None:
     prompts = len(request.prompt_list) if isinstance(request, CompletionRequest) else 1
     if not prompts:
         raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
-    if (count := prompts * request.n) > limits.choices:
+    if (count := prompts * request.choice_count) > limits.choices:
         raise RequestError(
             f"the request has {count} choices; this server allows at most {limits.choices}, so reduce n or the prompts",
             param="n",
@@ -269,10 +264,3 @@ def _seed(request: BaseRequest, mode: str, settings: ServerSettings) -> int:
         return secrets.randbits(48)
     assert isinstance(seed, int)
     return seed
-
-
-def _logprobs(request: GenerationRequest) -> tuple[int | None, bool]:
-    """`logprobs` and `prompt_logprobs` of the engine's `Request`."""
-    if isinstance(request, ChatCompletionRequest):
-        return (request.top_logprobs or 0 if request.logprobs else None), False
-    return request.logprobs, request.logprobs is not None and request.echo

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
 from twotower.server.choices import Choice
-from twotower.server.request_schemas import CompletionRequest
-from twotower.server.response_builder import ResponseBuilder, to_json
+from twotower.server.completion_requests import CompletionRequest
+from twotower.server.response_builder import ChunkBuilder, to_json
 from twotower.server.response_schemas import Completion, CompletionChoice, CompletionLogprobs
 from twotower.server.service import Service
 from twotower.server.text_offsets import TextOffsets
 
 
-class CompletionResponseBuilder(ResponseBuilder):
+class CompletionResponseBuilder(ChunkBuilder):
     """Builds responses of `POST /v1/completions`."""
 
     prefix, chunk_model, chunk_object = "cmpl", Completion, "text_completion"

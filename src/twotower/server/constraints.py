@@ -14,9 +14,14 @@ from twotower.server.tokenizer_adapter import TokenizerAdapter
 
 
 def build_constraint(
-    tokenizer: TokenizerAdapter, response_format: ResponseFormat | None, reply_format: ReplyFormat
+    tokenizer: TokenizerAdapter,
+    response_format: ResponseFormat | None,
+    reply_format: ReplyFormat,
+    format_field: str = "response_format",
 ) -> Constraint | None:
     """Builds the constraint; None: there is none. Forced calls count before the response format.
+
+    format_field: the field of the request with the format, for errors.
 
     A reply with a response format may have calls instead, if the model decides so and they begin with a mark.
 
@@ -30,8 +35,8 @@ def build_constraint(
         return None
     exemption = reply_format.exemption
     if exemption and "{" in exemption.starts:
-        words = "response_format and tools exclude each other, because calls of this model are JSON without a mark; set"
-        raise RequestError(f"{words} tool_choice none or required, or omit one of them", param="response_format")
+        words = f"{format_field} and tools exclude each other, because calls of this model are JSON without a mark; set"
+        raise RequestError(f"{words} tool_choice none or required, or omit one of them", param=format_field)
     try:
         return Constraint(
             tokenizer.tokenizer,
@@ -43,7 +48,7 @@ def build_constraint(
             exemption=exemption,
         )
     except ArgumentError as error:
-        raise request_error(error, "response_format") from None
+        raise request_error(error, format_field) from None
 
 
 def _tool_constraint(tokenizer: TokenizerAdapter, tools: ToolUse, thinking: Thinking | None) -> Constraint:

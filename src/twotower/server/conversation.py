@@ -35,11 +35,21 @@ class ToolUse:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of a chat and everything else that its prompt depends on."""
+    """The turns of a chat and everything else that its prompt depends on.
+
+    request_field: the field of the request with the turns. places: where each turn is in the request, for errors;
+    empty: the turns are the entries of `request_field`.
+    """
 
     messages: Sequence[Message]
     tool_use: ToolUse = field(default_factory=ToolUse)
     template_arguments: Mapping[str, object] = field(default_factory=dict)
+    request_field: str = "messages"
+    places: Sequence[str] = ()
+
+    def place(self, number: int) -> str:
+        """Where the turn `number` is in the request."""
+        return self.places[number] if self.places else f"{self.request_field}.{number}"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from twotower.server.anthropic_messages.objects import MessagesErrorBody
 from twotower.server.middleware import error_response
 from twotower.server.request_errors import ClientDisconnected, RequestError
 from twotower.server.response_schemas import ErrorBody
@@ -22,9 +24,14 @@ ERROR_DESCRIPTIONS = {
     503: "The server is stopping, or its engine has failed.",
     504: "The request took longer than the server's time limit.",
 }
-ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
-    status: {"description": meaning, "model": ErrorBody} for status, meaning in ERROR_DESCRIPTIONS.items()
-}
+
+
+def _error_responses(body: type[BaseModel]) -> dict[int | str, dict[str, object]]:
+    return {status: {"description": meaning, "model": body} for status, meaning in ERROR_DESCRIPTIONS.items()}
+
+
+ERROR_RESPONSES = _error_responses(ErrorBody)
+MESSAGES_ERRORS = _error_responses(MessagesErrorBody)
 
 # Routes of the OpenAI API that have no use here → what they are for.
 NOT_SERVED = {
@@ -43,19 +50,19 @@ NOT_SERVED = {
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Adds the responses to errors: JSON bodies in the form of the OpenAI API."""
+    """Adds the responses to errors: JSON bodies in the form of the API that the path belongs to."""
 
     @app.exception_handler(RequestError)
-    async def refused(_: Request, error: RequestError) -> Response:
-        return error_response(error)
+    async def refused(request: Request, error: RequestError) -> Response:
+        return error_response(error, request.scope)
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(_: Request, __: ClientDisconnected) -> Response:
         return Response(status_code=499)  # for the log and the metrics: the client is gone
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return error_response(validation_error(error))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return error_response(validation_error(error), request.scope)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
@@ -67,7 +74,7 @@ def add_error_handlers(app: FastAPI) -> None:
         headers = dict(error.headers or {})
         if "GET" in (allowed := headers.get("Allow", "")):
             headers["Allow"] = f"{allowed}, HEAD"  # see `ServerMiddleware`
-        return error_response(RequestError(message, status=error.status_code), headers)
+        return error_response(RequestError(message, status=error.status_code), request.scope, headers)
 
 
 def unknown_path(app: FastAPI, request: Request) -> str:

@@ -53,16 +53,16 @@ class ResponseFormat(StrictModel):
                 raise ValueError(f'must have "{part}" if and only if "type" is "{part}"')
         if self.json_schema is not None and self.json_schema.json_schema is None:
             raise ValueError('must have a "schema" in "json_schema"')
-        most = MAX_FORMAT_SIZE.get(self.type, 0)
-        if (size := self._size()) > most:
-            raise ValueError(f"has a {self.type} of {size} characters; at most {most} are allowed")
+        given = self.json_schema.json_schema if self.json_schema is not None else self.regex or self.grammar
+        check_size(self.type, given)
         return self
 
-    def _size(self) -> int:
-        """Characters of the schema, expression or grammar."""
-        if self.json_schema is None:
-            return len(self.regex or self.grammar or "")
-        try:
-            return len(json.dumps(self.json_schema.json_schema))
-        except RecursionError:
-            raise ValueError("is nested too deeply") from None
+
+def check_size(kind: str, given: object) -> None:
+    """Raises ValueError if a schema, an expression or a grammar is too long. kind: the type of the format."""
+    try:
+        size = len(given) if isinstance(given, str) else len(json.dumps(given))
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if (most := MAX_FORMAT_SIZE.get(kind)) is not None and size > most:
+        raise ValueError(f"has a {kind} of {size} characters; at most {most} are allowed")

@@ -37,11 +37,16 @@ def _arguments(value: object) -> object:
         raise ValueError("must be the JSON text of an object") from None
 
 
+JsonArguments = Annotated[
+    dict[str, object], BeforeValidator(_arguments, json_schema_input_type=str | dict[str, object])
+]
+
+
 class FunctionCall(StrictModel):
     """The call of a function."""
 
     name: str
-    arguments: Annotated[dict[str, object], BeforeValidator(_arguments, json_schema_input_type=str | dict[str, object])]
+    arguments: JsonArguments
 
 
 class ToolCall(StrictModel):

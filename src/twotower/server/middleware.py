@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from twotower.server.anthropic_messages.errors import error_body as messages_error_body
 from twotower.server.logs import log_event
 from twotower.server.request_body import BodyReader, replay
 from twotower.server.request_errors import ClientDisconnected, RequestError
@@ -26,6 +27,7 @@ from twotower.server.request_errors import ClientDisconnected, RequestError
 if TYPE_CHECKING:
     from twotower.server.service import Service
 
+MESSAGES_PATH = "/v1/messages"  # of the Anthropic API
 # Paths that need a key, if the server has API keys, and those below them.
 AUTHENTICATED_PATHS = ("/v1", "/api", "/tokenize", "/detokenize", "/tokenizer_info")
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")  # an id of the client that the server keeps
@@ -73,14 +75,15 @@ class ServerMiddleware:
                 del body
             await self.app(scope, receive, send_response)
         except RequestError as error:
-            await error_response(error)(scope, receive, send_response)
+            await error_response(error, scope)(scope, receive, send_response)
         except ClientDisconnected:
             pass
         except Exception as error:  # here, so that metrics and log count it like other responses
             log_event("error", logging.ERROR, id=request_id, trace="".join(traceback.format_exception(error)))
             if not response_started:
                 words = "the server failed; its log has the cause under the id of the header x-request-id"
-                await error_response(RequestError(words, status=500, code="internal"))(scope, receive, send_response)
+                failure = RequestError(words, status=500, code="internal")
+                await error_response(failure, scope)(scope, receive, send_response)
         finally:
             self.bodies.release(body_bytes)
             route = getattr(scope.get("route"), "path", "other")
@@ -137,9 +140,11 @@ class ServerMiddleware:
         return digest
 
 
-def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
-    """The HTTP response for an error."""
-    out = Response(json.dumps(error.body()), error.status, headers, "application/json")
+def error_response(error: RequestError, scope: Scope, headers: dict[str, str] | None = None) -> Response:
+    """The HTTP response for an error, in the form of the API that the path belongs to."""
+    of_messages = scope["path"].removeprefix(scope["root_path"]).startswith(MESSAGES_PATH)
+    body = messages_error_body(error, scope["state"]["request_id"]) if of_messages else error.body()
+    out = Response(json.dumps(body), error.status, headers, "application/json")
     if error.retry_after is not None:
         out.headers["retry-after"] = str(error.retry_after)
     if error.status == 401:

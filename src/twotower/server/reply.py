@@ -9,7 +9,7 @@ from twotower.decoding.structured_thinking import Exemption, Thinking
 from twotower.server.conversation import ToolUse
 from twotower.server.parsers.forced import ForcedArguments, ForcedCalls
 from twotower.server.parsers.marked_calls import MarkedCalls
-from twotower.server.parsers.pieces import Parser, Piece, PlainText, TextPiece, joined
+from twotower.server.parsers.pieces import Parser, Piece, PlainText, ReasoningPiece, TextPiece, joined
 from twotower.server.parsers.thinking import END, START, Opening, ThinkingParser
 from twotower.server.text_offsets import TextOffsets
 from twotower.server.tokenizer_adapter import TokenizerAdapter
@@ -73,9 +73,13 @@ class ReplyReader:
         if reply_format.reasoning:
             self._thinking = ThinkingParser(reply_format.opening == "open")
         self._calls = reply_format.call_parser()
-        markers = tokenizer.special_markers(reply_format.markers)
-        self._marked_text = MarkedText(tokenizer, eos, markers) if markers else None
+        self._tokenizer, self._eos = tokenizer, eos
+        self._markers = tokenizer.special_markers(reply_format.markers)
+        self._marked_text = MarkedText(tokenizer, eos, self._markers) if self._markers else None
         self._stripping = strip_leading_space
+        self._reasons = reply_format.reasoning
+        self._marked: list[str] = []  # the text with its markers
+        self._has_reasoning = False
 
     def take(self, tokens: Sequence[int], text: str, last: bool) -> list[Piece]:
         """Adds new tokens and the text that became final with them → the pieces that became final.
@@ -84,15 +88,33 @@ class ReplyReader:
         """
         if self._marked_text is not None:
             text = self._marked_text.take(tokens, text)
+        if self._reasons:
+            self._marked.append(text)
         pieces = self._thinking.feed(text)
         if last:
             pieces += self._thinking.finish()
+        self._has_reasoning |= any(isinstance(piece, ReasoningPiece) for piece in pieces)
         out: list[Piece] = []
         for piece in pieces:
             out += self._calls.feed(piece.text) if isinstance(piece, TextPiece) else [piece]
         if last:
             out += self._calls.finish()
         return self._stripped(joined(out))
+
+    def reasoning_tokens(self, tokens: Sequence[int]) -> int:
+        """The number of tokens before the end of the reasoning. tokens: all tokens of the reply."""
+        if not self._has_reasoning:
+            return 0
+        end = "".join(self._marked).find(END)
+        if end < 0:
+            return len(tokens)
+        offsets, count, inserted = TextOffsets(self._tokenizer, eos=self._eos), 0, 0
+        for token in tokens:
+            if offsets.span(token)[0] + inserted >= end:
+                break
+            inserted += len(self._markers.get(token, ""))
+            count += 1
+        return count
 
     def _stripped(self, pieces: list[Piece]) -> list[Piece]:
         out: list[Piece] = []

@@ -6,18 +6,16 @@ OpenAI API that are not supported here. Such a field is accepted with a value th
 
 from __future__ import annotations
 
-from functools import cached_property
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from twotower.decoding.modes import MODES_OF_FIELD, Mode
 from twotower.server.conversation import Conversation, ToolUse
-from twotower.server.format_schemas import ResponseFormat, StreamOptions
-from twotower.server.message_schemas import Message
+from twotower.server.format_schemas import ResponseFormat
 from twotower.server.request_errors import RequestError
 from twotower.server.strict_model import JsonInteger, StrictModel, same_json
-from twotower.server.tool_schemas import ToolChoice, ToolList, tool_use
 
 # Bounds of what the server reads before it knows how many tokens a request has.
 MAX_MESSAGES = 4096
@@ -72,7 +70,11 @@ UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
 
 
 class BaseRequest(StrictModel):
-    """Fields of both endpoints. `GenerationParams` documents the decoding fields, which the OpenAI API lacks."""
+    """Fields of all endpoints. `GenerationParams` documents the decoding fields, which the other APIs lack."""
+
+    # Field that is not supported → the values that turn it off, beside null.
+    unsupported_fields: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED_FIELDS
+    remedies: ClassVar[Mapping[str, str]] = {}  # of unsupported fields; default: omit the field
 
     model: str | None = Field(
         None, max_length=MAX_NAME_LENGTH, description="Name or hub id of the served model. Optional."
@@ -80,9 +82,6 @@ class BaseRequest(StrictModel):
     temperature: float = Field(1.0, ge=0, le=2, description="Sampling temperature. 0: greedy decoding.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
     top_k: JsonInteger | None = Field(None, ge=0, description="Sample from the k most likely tokens. 0: from all.")
-    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = Field(
-        None, description="Strings that end the text. The text stops before the first of them."
-    )
     seed: JsonInteger | None = Field(
         None,
         ge=-1,
@@ -91,11 +90,8 @@ class BaseRequest(StrictModel):
         "gives the same text. With mode auto, or in bf16, it can differ, unless deterministic is true. "
         "-1: a random seed, which is also the default.",
     )
-    n: JsonInteger = Field(1, ge=1, le=64, description="Number of choices for each prompt.")
     stream: bool = Field(False, description="Send server-sent events with chunks of final text.")
-    stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=MAX_NAME_LENGTH, description="Written to the server's log.")
-    response_format: ResponseFormat | None = None
     mode: ModeName | None = Field(None, description="Decoding mode. Default: the mode of the server's --setting.")
     threshold: float | None = Field(
         None, ge=0, le=1, description="A pass commits positions with a higher confidence than this."
@@ -129,12 +125,13 @@ class BaseRequest(StrictModel):
                 raise RequestError("knob is the old name of policy_value; give only policy_value", param="knob")
             fields = {"policy_value" if name == "knob" else name: value for name, value in fields.items()}
         kept = super().enabled_fields(fields)
-        for name in UNSUPPORTED_FIELDS:
+        for name, off_values in cls.unsupported_fields.items():
             if name in cls.model_fields:
                 continue
             value = kept.pop(name, None)
-            if value is not None and not any(same_json(value, off) for off in UNSUPPORTED_FIELDS[name]):
-                raise RequestError(f"{name} is not supported; omit it", param=name, code="unsupported")
+            if value is not None and not any(same_json(value, off) for off in off_values):
+                remedy = cls.remedies.get(name, "omit it")
+                raise RequestError(f"{name} is not supported; {remedy}", param=name, code="unsupported")
         return kept
 
     def check_mode(self, mode: str) -> None:
@@ -147,8 +144,6 @@ class BaseRequest(StrictModel):
         if self.threshold is not None and (self.policy_value is not None or self.policy not in (None, "threshold")):
             other = f"policy {self.policy}" if self.policy_value is None else "policy_value"
             raise RequestError(f"threshold and {other} exclude each other; omit one of them", param="threshold")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options needs stream: true; set stream or omit it", param="stream_options")
         if self.stream_denoising and not self.stream:
             raise RequestError("stream_denoising needs stream: true; set stream or omit it", param="stream_denoising")
         if self.stream_denoising and mode in ("ar", "mock_ar"):
@@ -169,14 +164,24 @@ class BaseRequest(StrictModel):
         raise NotImplementedError
 
     @property
+    def format_field(self) -> str:
+        """Name of the field with the format of the text."""
+        return "response_format"
+
+    @property
+    def text_format(self) -> ResponseFormat | None:
+        """The format of the text; None: any text."""
+        return None
+
+    @property
     def constraint_field(self) -> str:
         """Name of the field that constrains the text."""
-        return "response_format"
+        return self.format_field
 
     @property
     def constrained(self) -> bool:
         """Whether a field constrains the text."""
-        return self.response_format is not None and self.response_format.type != "text"
+        return self.text_format is not None and self.text_format.type != "text"
 
     @property
     def length_field(self) -> str | None:
@@ -184,89 +189,38 @@ class BaseRequest(StrictModel):
         return "max_tokens" if "max_tokens" in self.model_fields_set else None
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def continuous_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.continuous_usage_stats
-
-
-class CompletionRequest(BaseRequest):
-    """Body of `POST /v1/completions`."""
-
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
-    ) = Field(description="Text or token ids, or a list of either for several prompts.")
-    max_tokens: JsonInteger = Field(16, ge=0, description="Maximum number of new tokens.")
-    echo: bool = Field(False, description="Return the prompt before the text.")
-    logprobs: JsonInteger | None = Field(
-        None, ge=0, le=20, description="Return log-probabilities of the AR model, with this many alternatives."
-    )
-
-    @property
-    def prompt_field(self) -> str:
-        return "prompt"
-
-    @property
     def requested_tokens(self) -> int | None:
-        """Maximum number of new tokens."""
-        return self.max_tokens
+        """Maximum number of new tokens; None: as many as fit."""
+        raise NotImplementedError
 
     @property
-    def prompt_list(self) -> list[str] | list[list[int]]:
-        """The prompts as a list of texts or of token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        texts = [part for part in self.prompt if isinstance(part, str)]
-        ids = [part for part in self.prompt if isinstance(part, int)]
-        return texts or ([ids] if ids else [part for part in self.prompt if isinstance(part, list)])
-
-
-class ChatCompletionRequest(BaseRequest):
-    """Body of `POST /v1/chat/completions`."""
-
-    messages: Annotated[
-        list[Message],
-        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="The turns of the chat so far."),
-    ]
-    max_tokens: JsonInteger | None = Field(
-        None, ge=0, description="Maximum number of new tokens. Default: as many as fit."
-    )
-    max_completion_tokens: JsonInteger | None = Field(None, ge=0, description="The newer name of max_tokens.")
-    logprobs: bool = Field(False, description="Return log-probabilities of the AR model, in every mode.")
-    top_logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="Number of alternatives for each token.")
-    tools: ToolList = Field([], description="Functions that the model may call.")
-    tool_choice: ToolChoice | None = Field(
-        None,
-        description="none: no calls; auto: the model decides, the default; required, or a named function: forced "
-        "calls, in mode ar or verified.",
-    )
-    parallel_tool_calls: bool | None = Field(None, description="false: at most one call. Default: true.")
-    chat_template_kwargs: dict[str, object] = Field(
-        {}, description="Further variables of the chat template, such as enable_thinking."
-    )
+    def choice_count(self) -> int:
+        """Number of choices for each prompt."""
+        return 1
 
     @property
-    def prompt_field(self) -> str:
-        return "messages"
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end the text."""
+        return ()
 
-    @cached_property
+    @property
+    def logprob_counts(self) -> tuple[int | None, bool]:
+        """`logprobs` and `prompt_logprobs` of the engine's `Request`."""
+        return None, False
+
+
+class ChatRequest(BaseRequest):
+    """A request for the next turn of a chat, in the form of any API."""
+
+    @property
     def tool_use(self) -> ToolUse:
         """The tools and how the reply may call them. See `tool_use` of `tool_schemas` for errors."""
-        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        raise NotImplementedError
 
     @property
     def conversation(self) -> Conversation:
         """The chat in the form of all routes."""
-        return Conversation(self.messages, self.tool_use, self.chat_template_kwargs)
+        raise NotImplementedError
 
     @property
     def constraint_field(self) -> str:
@@ -275,25 +229,3 @@ class ChatCompletionRequest(BaseRequest):
     @property
     def constrained(self) -> bool:
         return self.tool_use.forced or super().constrained
-
-    @property
-    def length_field(self) -> str | None:
-        return "max_completion_tokens" if self.max_completion_tokens is not None else super().length_field
-
-    @property
-    def requested_tokens(self) -> int | None:
-        """Maximum number of new tokens; None: as many as fit."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    def check_mode(self, mode: str) -> None:
-        super().check_mode(mode)
-        if self.top_logprobs and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs: true; set logprobs or omit it", param="top_logprobs")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            words = (
-                f"max_tokens is {self.max_tokens}, max_completion_tokens {self.max_completion_tokens}; give one of them"
-            )
-            raise RequestError(words, param="max_tokens")
-
-
-GenerationRequest = CompletionRequest | ChatCompletionRequest

@@ -12,12 +12,13 @@ from twotower.decoding.output import Event, Generation
 from twotower.engine import AsyncLLM
 from twotower.server.choice_events import choice_events
 from twotower.server.choices import Choice, ChoiceBuilder
+from twotower.server.completion_requests import GenerationRequest
 from twotower.server.concurrency import ConcurrencyLimiter
 from twotower.server.constraints import build_constraint
 from twotower.server.metrics import Metrics
 from twotower.server.readiness import Readiness
 from twotower.server.request_errors import RequestError
-from twotower.server.request_schemas import GenerationRequest
+from twotower.server.request_schemas import ChatRequest
 from twotower.server.settings import ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 from twotower.tokenizer import require_tokenizer
@@ -54,11 +55,28 @@ class Service:
         if request.constrained:  # the constraint depends on the reasoning, which the prompt may begin
             prompts = await loop.run_in_executor(self._tokenizing, self._builder.prompts, request, self.settings)
             constraint = await loop.run_in_executor(
-                self._compiling, build_constraint, self.tokenizer, request.response_format, prompts.reply_format
+                self._compiling,
+                build_constraint,
+                self.tokenizer,
+                request.text_format,
+                prompts.reply_format,
+                request.format_field,
             )
         return await loop.run_in_executor(
             self._tokenizing, self._builder.build, request, self.settings, prompts, constraint
         )
+
+    async def count_tokens(self, request: ChatRequest) -> int:
+        """The number of tokens of the prompt of a chat.
+
+        Raises:
+            RequestError: As `build_choices`.
+        """
+        if request.model is not None:
+            self.check_model_name(request.model)
+        loop = asyncio.get_running_loop()
+        prompts = await loop.run_in_executor(self._tokenizing, self._builder.prompts, request, self.settings)
+        return len(prompts.tokens[0])
 
     def check_model_name(self, model: str) -> None:
         """Raises RequestError (404) unless this is the name of the served model, or its hub id."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
@@ -19,7 +18,6 @@ from twotower.server.request_errors import ClientDisconnected, RequestError
 from twotower.server.response_builder import ResponseBuilder
 from twotower.server.service import Service
 
-DONE_EVENT = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
 
 
@@ -65,11 +63,10 @@ class EventStreamResponse(StreamingResponse):
 async def event_stream(
     service: Service, builder: ResponseBuilder, choices: Sequence[Choice]
 ) -> AsyncGenerator[bytes, None]:
-    """Yields the events of one request: a chunk for each block, and with `stream_denoising` for each pass.
-
-    An error after the start of the stream is its last event, as the JSON body of an error response.
-    """
+    """Yields the server-sent events of one request. An error after the start of the stream ends it."""
     try:
+        for part in builder.first_events():
+            yield part
         sent = time.monotonic()
         async with aclosing(service.events(choices)) as events:
             async for item in events:
@@ -79,15 +76,11 @@ async def event_stream(
                     sent = time.monotonic()
                 if item is None:
                     continue
-                if (chunk := builder.event_chunk(*item)) is not None:
-                    yield _sse_event(chunk)
+                for part in builder.events(*item):
+                    yield part
                     sent = time.monotonic()
-        if (chunk := builder.usage_chunk()) is not None:
-            yield _sse_event(chunk)
+        for part in builder.last_events():
+            yield part
     except RequestError as error:
-        yield _sse_event(json.dumps(error.body()).encode())
-    yield DONE_EVENT
-
-
-def _sse_event(body: bytes) -> bytes:
-    return b"data: " + body + b"\n\n"
+        for part in builder.error_events(error):
+            yield part

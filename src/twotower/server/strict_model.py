@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
+MAX_NAME = 64  # characters of a name that an error repeats
 MAX_FIELDS = 128  # of one JSON object of a request; the schema has fewer, and an error lists every unknown field
 
 JsonInteger = Annotated[int, BeforeValidator(lambda value: int(value) if _is_integral(value) else value)]
@@ -62,3 +64,31 @@ class StrictModel(BaseModel):
                 described = {part: own.pop(part) for part in ("title", "description", "default") if part in own}
                 schema["properties"][key] = {"anyOf": [own, {"type": "null"}], **described}
         return schema
+
+
+class ItemModel(StrictModel):
+    """A part of a body that clients may send back from a response: null means absent for every field.
+
+    ignored_fields: fields of the API that have no effect on the text.
+    """
+
+    ignored_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def enabled_fields(cls, fields: dict[str, object]) -> dict[str, object]:
+        kept = super().enabled_fields(fields)
+        return {name: value for name, value in kept.items() if value is not None and name not in cls.ignored_fields}
+
+
+def check_type(value: object, known: Collection[str], remedy: str, default: str = "") -> object:
+    """Returns a JSON object if its `type` is known; other values as they are, for the checks after this one.
+
+    default: the type of an object without a type.
+
+    Raises:
+        ValueError: The type is not known.
+    """
+    kind = (value.get("type") or default) if isinstance(value, dict) else ""
+    if isinstance(kind, str) and kind and kind not in known:
+        raise ValueError(f'has the type "{kind[:MAX_NAME]}", which is not supported; {remedy}')
+    return value

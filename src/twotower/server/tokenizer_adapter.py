@@ -46,12 +46,13 @@ class TokenizerAdapter:
         Raises:
             RequestError: The template rejects the messages, or a text has a lone surrogate.
         """
+        field = conversation.request_field
         if template_text(self.tokenizer):
             text = templated_prompt(self.tokenizer, conversation)
-            return ChatPrompt(self._encode(text, False, "messages"), (), opening_of(text))
-        check_template_fields(conversation.messages, "")
+            return ChatPrompt(self._encode(text, False, field), (), opening_of(text))
+        check_template_fields(conversation, "")
         text, stops = plain_prompt(conversation.messages)
-        return ChatPrompt(self._encode(text, True, "messages"), stops)
+        return ChatPrompt(self._encode(text, True, field), stops)
 
     def longest_text(self, tokens: int) -> int:
         """An upper limit of the characters of a text with so many tokens. Longer texts need not be encoded."""

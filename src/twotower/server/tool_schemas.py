@@ -102,7 +102,7 @@ def tool_use(tools: list[ToolDefinition], choice: ToolChoice | None, parallel: b
             )
     if rule == "required" and not names:
         raise RequestError(
-            "tool_choice is required, and there are no tools; give tools or omit it", param="tool_choice"
+            "tool_choice forces a call, and there are no tools; give tools or omit it", param="tool_choice"
         )
     if rule == "none" or not names:
         return ToolUse()

@@ -34,3 +34,13 @@ const names = [];
 for await (const chunk of await client.chat.completions.create({ model, messages, tools: [weather], stream: true }))
   for (const part of chunk.choices[0]?.delta.tool_calls ?? []) if (part.function.name) names.push(part.function.name);
 assert.deepEqual(names, ["weather"]);
+
+// The Responses API.
+const flat = { type: "function", name: "weather", parameters: { type: "object", properties: { city: { type: "string" } } } };
+const response = await client.responses.create({ model: "small", input: "Is it warm in Ulm?", tools: [flat] });
+assert.deepEqual(response.output.map((item) => item.type), ["message", "function_call"]);
+const result = { type: "function_call_output", call_id: response.output[1].call_id, output: "21" };
+const input = [{ role: "user", content: "Is it warm in Ulm?" }, ...response.output, result];
+assert.match((await client.responses.create({ model: "small", input, tools: [flat] })).output_text, /21/);
+const events = client.responses.stream({ model: "small", input: "think" });
+assert.equal((await events.finalResponse()).output_text, "Yes.");

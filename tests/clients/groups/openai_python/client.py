@@ -1,4 +1,4 @@
-"""The openai package: tools, results, streams, parsed calls and reasoning."""
+"""The openai package: tools, results, streams, parsed calls and reasoning, in both APIs."""
 
 import sys
 from typing import Literal
@@ -40,3 +40,30 @@ for tool_choice in ("required", {"type": "function", "function": {"name": "weath
 
 thought = client.chat.completions.create(model="small", messages=[{"role": "user", "content": "think"}])
 assert thought.choices[0].message.reasoning_content == "Ulm is a city."
+
+# The Responses API.
+FLAT = {"type": "function", "name": "weather", "parameters": weather.model_json_schema()}
+turns = [ASK]
+response = client.responses.create(model="small", input=turns, tools=[FLAT], instructions="Be brief.")
+assert response.output_text == "I look."
+(item,) = [item for item in response.output if item.type == "function_call"]
+turns += [*response.output, {"type": "function_call_output", "call_id": item.call_id, "output": "21"}]
+assert "21" in client.responses.create(model="small", input=turns, tools=[FLAT]).output_text
+
+with client.responses.stream(model="small", input=[ASK], tools=[FLAT]) as stream:
+    numbers = [event.sequence_number for event in stream]
+    final = stream.get_final_response()
+assert numbers == list(range(len(numbers)))
+assert [one.type for one in final.output] == ["message", "function_call"]
+
+parsed = client.responses.parse(model="small", input=[ASK], text_format=weather, max_output_tokens=300)
+assert isinstance(parsed.output_parsed, weather), parsed
+thought = client.responses.create(model="small", input="think", store=True)
+assert [one.type for one in thought.output] == ["reasoning", "message"]
+assert thought.output[0].content[0].text == "Ulm is a city."
+assert thought.usage.output_tokens_details.reasoning_tokens > 0
+try:
+    client.responses.create(model="small", input="think", previous_response_id=thought.id)
+except openai.BadRequestError as error:
+    refused = error.param
+assert refused == "previous_response_id"

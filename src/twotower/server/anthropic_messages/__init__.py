@@ -1,0 +1,1 @@
+"""The Messages API of Anthropic (`/v1/messages`): a wire format around the path of a chat."""

@@ -1,0 +1,151 @@
+"""The bodies of `POST /v1/completions` and `POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import Field
+
+from twotower.server.conversation import Conversation, ToolUse
+from twotower.server.format_schemas import ResponseFormat, StreamOptions
+from twotower.server.message_schemas import Message
+from twotower.server.request_errors import RequestError
+from twotower.server.request_schemas import MAX_MESSAGES, MAX_PROMPTS, BaseRequest, ChatRequest, StopText, TokenIds
+from twotower.server.strict_model import JsonInteger
+from twotower.server.tool_schemas import ToolChoice, ToolList, tool_use
+
+
+class OpenAIRequest(BaseRequest):
+    """Fields of completions and of chat completions."""
+
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = Field(
+        None, description="Strings that end the text. The text stops before the first of them."
+    )
+    n: JsonInteger = Field(1, ge=1, le=64, description="Number of choices for each prompt.")
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def choice_count(self) -> int:
+        return self.n
+
+    @property
+    def text_format(self) -> ResponseFormat | None:
+        return self.response_format
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def check_mode(self, mode: str) -> None:
+        super().check_mode(mode)
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true; set stream or omit it", param="stream_options")
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of `POST /v1/completions`."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    ) = Field(description="Text or token ids, or a list of either for several prompts.")
+    max_tokens: JsonInteger = Field(16, ge=0, description="Maximum number of new tokens.")
+    echo: bool = Field(False, description="Return the prompt before the text.")
+    logprobs: JsonInteger | None = Field(
+        None, ge=0, le=20, description="Return log-probabilities of the AR model, with this many alternatives."
+    )
+
+    @property
+    def prompt_field(self) -> str:
+        return "prompt"
+
+    @property
+    def logprob_counts(self) -> tuple[int | None, bool]:
+        return self.logprobs, self.logprobs is not None and self.echo
+
+    @property
+    def requested_tokens(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def prompt_list(self) -> list[str] | list[list[int]]:
+        """The prompts as a list of texts or of token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        texts = [part for part in self.prompt if isinstance(part, str)]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return texts or ([ids] if ids else [part for part in self.prompt if isinstance(part, list)])
+
+
+class ChatCompletionRequest(OpenAIRequest, ChatRequest):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[
+        list[Message],
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="The turns of the chat so far."),
+    ]
+    max_tokens: JsonInteger | None = Field(
+        None, ge=0, description="Maximum number of new tokens. Default: as many as fit."
+    )
+    max_completion_tokens: JsonInteger | None = Field(None, ge=0, description="The newer name of max_tokens.")
+    logprobs: bool = Field(False, description="Return log-probabilities of the AR model, in every mode.")
+    top_logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="Number of alternatives for each token.")
+    tools: ToolList = Field([], description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="none: no calls; auto: the model decides, the default; required, or a named function: forced "
+        "calls, in mode ar or verified.",
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call. Default: true.")
+    chat_template_kwargs: dict[str, object] = Field(
+        {}, description="Further variables of the chat template, such as enable_thinking."
+    )
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages"
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @cached_property
+    def conversation(self) -> Conversation:
+        return Conversation(self.messages, self.tool_use, self.chat_template_kwargs)
+
+    @property
+    def length_field(self) -> str | None:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else super().length_field
+
+    @property
+    def logprob_counts(self) -> tuple[int | None, bool]:
+        return (self.top_logprobs or 0 if self.logprobs else None), False
+
+    @property
+    def requested_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check_mode(self, mode: str) -> None:
+        super().check_mode(mode)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true; set logprobs or omit it", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            words = (
+                f"max_tokens is {self.max_tokens}, max_completion_tokens {self.max_completion_tokens}; give one of them"
+            )
+            raise RequestError(words, param="max_tokens")
+
+
+GenerationRequest = CompletionRequest | ChatRequest
