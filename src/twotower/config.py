@@ -17,11 +17,11 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from twotower.backbone_config import autoregressive_config, plain_numbers, reason
-from twotower.denoiser_fields import NAMES, DenoiserConfig, refuse_denoiser_fields
+from twotower.denoiser_fields import NAMES, SEVERAL, DenoiserConfig, refuse_denoiser_fields
 from twotower.errors import ConfigError
 from twotower.json_text import JsonObject
-from twotower.nemotron_h_fields import NemotronHFields
-from twotower.specs import LayerKind
+from twotower.named_denoisers import NamedDenoisers
+from twotower.nemotron_h_fields import NemotronHFields, layer_kinds
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_TYPE = "nemotron_h"
@@ -29,15 +29,6 @@ GENERIC_ARCHITECTURE = "TwoTowerForCausalLM"
 GENERIC_MODEL_TYPE = "two_tower"
 MASK_TOKEN_ID = 3  # by convention: released configs carry no mask_token_id
 
-# transformers 5 writes the pattern as a list, with names of two versions.
-_KIND_OF_BLOCK_TYPE: dict[str, LayerKind] = {
-    "mamba": "M",
-    "linear_attention": "M",
-    "attention": "*",
-    "full_attention": "*",
-    "moe": "E",
-    "mlp": "-",
-}
 _LAYER_FIELDS = {field.name for field in dataclasses.fields(NemotronHFields)}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Other values mean an architecture that this package does not implement.
@@ -94,7 +85,7 @@ class TwoTowerConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in _LAYER_FIELDS}
-        own |= _layer_kinds(own, kwargs)
+        own |= layer_kinds(own, kwargs)
         own.setdefault("hidden_size", 4096)  # transformers constructs configurations without arguments
         own.setdefault("vocab_size", 131072)
         own["time_step_limit"] = _limits(own.get("time_step_limit", (0.0, math.inf)))
@@ -122,8 +113,13 @@ class TwoTowerConfig(PretrainedConfig):
 
     @property
     def denoiser(self) -> DenoiserConfig:
-        """What the denoiser is."""
+        """What the denoiser is. Raises ConfigError if there are several."""
         return DenoiserConfig()
+
+    @property
+    def denoisers(self) -> NamedDenoisers | None:
+        """The denoisers by name, if there are several."""
+        return None
 
     @property
     def stored_pattern(self) -> str | None:
@@ -188,11 +184,12 @@ class GenericTwoTowerConfig(TwoTowerConfig):
 
     backbone: the config.json of the autoregressive model, verbatim. mask_token_id: None before it is chosen.
     block_size: the block size that the denoiser was trained with, if it is known. Further keys say what the denoiser
-    is, see `DenoiserConfig`.
+    is (`DenoiserConfig`), or what several are (`NamedDenoisers`).
     """
 
     model_type = GENERIC_MODEL_TYPE
     _denoiser: DenoiserConfig
+    _denoisers: NamedDenoisers | None
 
     def __init__(
         self,
@@ -210,7 +207,11 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
             raise ConfigError(f"config: block_size is {block_size!r}; it must be a positive integer")
         self.block_size = block_size
-        self._denoiser = DenoiserConfig.of({name: kwargs.pop(name) for name in NAMES if name in kwargs})
+        fields = {name: kwargs.pop(name) for name in (*NAMES, *SEVERAL) if name in kwargs}
+        self._denoisers = NamedDenoisers.of(fields)
+        if self._denoisers is not None and block_size is not None:
+            raise ConfigError("config: block_size stands beside denoisers; move it to the denoiser that it describes")
+        self._denoiser = DenoiserConfig() if self._denoisers is not None else DenoiserConfig.of(fields)
         text = self.autoregressive
         self.vocab_size, self.hidden_size = text.vocab_size, text.hidden_size
         self.max_position_embeddings = getattr(text, "max_position_embeddings", None)  # Mamba-2 has no limit
@@ -237,7 +238,20 @@ class GenericTwoTowerConfig(TwoTowerConfig):
 
     @property
     def denoiser(self) -> DenoiserConfig:
+        if self._denoisers is not None:
+            raise self._denoisers.ambiguous()
         return self._denoiser
+
+    @property
+    def denoisers(self) -> NamedDenoisers | None:
+        return self._denoisers
+
+    def with_denoiser(self, name: str) -> GenericTwoTowerConfig:
+        """The configuration with one of several denoisers alone. Raises ArgumentError if there is no such denoiser."""
+        assert self._denoisers is not None
+        own = self._denoisers.by_name[self._denoisers.check_known(name)]
+        values = {key: value for key, value in self.to_dict().items() if key not in (*SEVERAL, "format", "model_type")}
+        return GenericTwoTowerConfig(**values | {"block_size": own.block_size} | own.choices.to_json())
 
     @property
     def layer_fields(self) -> NemotronHFields:
@@ -256,31 +270,11 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         """The keys of `config.json`."""
         out = PretrainedConfig.to_dict(self)
         out |= out.pop("_kept", {})
-        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings", "_denoiser"):
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings"):
             out.pop(name, None)  # the backbone has them
-        return out | self.denoiser.to_json()
-
-
-def _layer_kinds(own: JsonObject, kwargs: JsonObject) -> JsonObject:
-    """The pattern, from any of its spellings, which are removed from kwargs. All given spellings must agree."""
-    pattern = own.get("hybrid_override_pattern")
-    for key in ("layers_block_type", "layer_types"):
-        if (types := kwargs.pop(key, None)) is None:
-            continue
-        spelled = _pattern_of(key, types)
-        if pattern not in (None, spelled):
-            raise ConfigError(
-                f"config: {key} means {spelled!r}, but hybrid_override_pattern is {pattern!r}; remove one of them"
-            )
-        pattern = spelled
-    pattern = "M*E-" if pattern is None else pattern
-    declared = kwargs.pop("num_hidden_layers", None)
-    if declared is not None and isinstance(pattern, str) and declared != len(pattern):
-        raise ConfigError(
-            f"config: num_hidden_layers is {declared!r} but hybrid_override_pattern {pattern!r} has {len(pattern)} "
-            "letters; remove num_hidden_layers"
-        )
-    return {"hybrid_override_pattern": pattern}
+        for name in ("_denoiser", "_denoisers"):
+            out.pop(name, None)
+        return out | (self._denoiser if self._denoisers is None else self._denoisers).to_json()
 
 
 def _use_dtype(kwargs: JsonObject) -> None:
@@ -299,15 +293,6 @@ def _construct(config: TwoTowerConfig, kwargs: JsonObject) -> None:
         raise ConfigError(f"config: transformers cannot use a value ({reason(error)}); correct or remove it") from None
     # transformers drops keys that are also generation settings (`use_cache`); here they are kept.
     config._kept = {k: v for k, v in kwargs.items() if not (hasattr(config, k) or hasattr(config, f"_{k}"))}
-
-
-def _pattern_of(key: str, types: object) -> str:
-    if not isinstance(types, list | tuple):
-        raise ConfigError(f"config: {key} is {types!r}; it must be a list of layer kinds")
-    unknown = [name for name in types if name not in _KIND_OF_BLOCK_TYPE]
-    if unknown:
-        raise ConfigError(f"config: {key} has {unknown[0]!r}; choose from {sorted(_KIND_OF_BLOCK_TYPE)}")
-    return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)
 
 
 def _check_kinds(kwargs: JsonObject) -> None:

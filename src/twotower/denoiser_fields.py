@@ -167,11 +167,12 @@ class DenoiserConfig:
 
 
 NAMES = (*(field.name for field in dataclasses.fields(DenoiserConfig)), "format")
+SEVERAL = ("denoisers", "denoiser_for")  # the fields of several denoisers (`named_denoisers`)
 
 
 def refuse_denoiser_fields(fields: Mapping[str, object], model_type: str, needed: str) -> None:
     """Raises ConfigError if a config.json of another model_type than the needed one has such fields."""
-    for name in NAMES:
+    for name in (*NAMES, *SEVERAL):
         if fields.get(name) is not None:
             raise ConfigError(f"config: {name} needs model_type {needed!r}, and it is {model_type!r}")
 
@@ -182,7 +183,7 @@ def _rank(name: str, value: object) -> int:
     return value
 
 
-def check_format(value: object) -> None:
+def check_format(value: object, newest: int = FORMAT) -> None:
     """Raises ConfigError if this version does not know the format. None: a released denoiser."""
-    if value is not None and (type(value) is not int or not 1 <= value <= FORMAT):
-        raise ConfigError(f"config: format is {value!r}; this version reads up to {FORMAT}, so update twotower")
+    if value is not None and (type(value) is not int or not 1 <= value <= newest):
+        raise ConfigError(f"config: format is {value!r}; this version reads up to {newest}, so update twotower")

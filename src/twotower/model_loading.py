@@ -151,7 +151,7 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, object]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
         "context_device": str(model.device),
-        "denoiser_device": str(model.denoiser.device) if model.denoiser is not None else None,
+        "denoiser_device": str(model.denoiser_device) if model.denoiser is not None or model.denoisers else None,
     }
 
 

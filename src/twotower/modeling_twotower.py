@@ -5,13 +5,11 @@ The methods are thin calls: loading and saving are in `checkpoint/`, generation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -26,16 +24,17 @@ from twotower.decoding.prompts import Prompts
 from twotower.deprecation import renamed_argument
 from twotower.engine import generation
 from twotower.engine.generation import StreamArguments
+from twotower.engine.published_methods import PublishedMethods
 from twotower.engine.workspace import Workspace
 from twotower.errors import ArgumentError
-from twotower.model.packed_forward import sequence_pass
+from twotower.model.packed_forward import causal_lm
 from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.runners import packed_weights
 from twotower.runners.attach import attach_runners
 from twotower.tokenizer import Tokenizer
 
 
-class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
+class TwoTowerForCausalLM(PublishedMethods, TwoTowerModel, PreTrainedModel):
     """A frozen autoregressive context tower and a denoiser tower, which reads the caches of the same context layers.
 
     `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory.
@@ -69,7 +68,8 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
 
         dtype or torch_dtype: "auto" means that of the config. quantization: "int8", "int4" or a
         plan such as "experts=int4,rest=int8" (docs/quantization.md); None: as stored.
-        towers: "both" or "context". context_device, denoiser_device: default cpu; device_map: one device for both.
+        towers: "both" or "context". denoiser: of a checkpoint with several, the name of one to load alone; None: all.
+        context_device, denoiser_device: default cpu; device_map: one device for both.
         Of the hub: revision, subfolder, cache_dir, token, local_files_only, force_download. trust_remote_code: whether
         code of the checkpoint may run to load the tokenizer. Other arguments of transformers are refused.
 
@@ -104,6 +104,22 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
+
+    # --- several denoisers --------------------------------------------------------------------------------------
+
+    def with_denoiser(self, name: str) -> TwoTowerForCausalLM:
+        """The model with one of its denoisers alone, which shares the weights. It has measured costs of its own.
+
+        Raises:
+            ArgumentError: the model has no denoiser of this name, or a single one.
+        """
+        view = super().with_denoiser(name)
+        if view.workspace is self.workspace:  # a new view
+            view.workspace = Workspace()
+            if view.context is not self.context:
+                attach_runners(view.context)
+        view._tokenizer, view.generation_defaults = self._tokenizer, self.generation_defaults
+        return view
 
     # --- weights ------------------------------------------------------------------------------------------------
 
@@ -149,169 +165,10 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         unknown = sorted(kwargs.keys() - {"use_cache", "return_dict"})
         if unknown:
             raise ArgumentError(f"forward: {', '.join(unknown)} is not supported by a two-tower model; remove it")
-        for name, given in (("attention_mask", attention_mask), ("labels", labels)):
-            if given is not None and given.shape != input_ids.shape:
-                raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}")
-        input_ids = input_ids.to(self.device)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
-        logits = self.context.logits(sequence_pass(self.context, input_ids, mask.bool()))
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:].to(self.device).flatten()
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
+        logits, loss = causal_lm(self.context, input_ids, attention_mask, labels)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    # --- the published API: names, defaults and positional order are those of the release --------------------------
-
-    def generate_ar(
-        self,
-        input_ids: Prompts,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | None = None,
-        deterministic: bool = False,
-    ) -> Tensor:
-        """Autoregressive decoding with the context tower, one token a pass → prompt + new tokens (B, S + n)."""
-        params = GenerationParams.of(
-            mode="ar",
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            stop=stop,
-            deterministic=deterministic,
-        )
-        return self._generate(input_ids, params, attention_mask)
-
-    def generate_mock_ar(
-        self,
-        input_ids: Prompts,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | None = None,
-        deterministic: bool = False,
-    ) -> Tensor:
-        """Decoding with the denoiser as a next-token predictor, without t → prompt + new tokens (B, S + n)."""
-        params = GenerationParams.of(
-            mode="mock_ar",
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            stop=stop,
-            deterministic=deterministic,
-        )
-        return self._generate(input_ids, params, attention_mask)
-
-    @renamed_argument("knob", "policy_value")
-    def generate_mask_diffusion(
-        self,
-        input_ids: Prompts,
-        max_new_tokens: int = 128,
-        block_size: int = 16,
-        steps_per_block: int = 16,
-        mask_token_id: int = 3,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        confidence_threshold: float = 0.9,
-        eos_token_id: int | Sequence[int] | None = None,
-        step_callback: Callable[..., None] | None = None,
-        *,
-        top_p: float | None = None,
-        attention_mask: Tensor | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | None = None,
-        deterministic: bool = False,
-        policy: str | Sequence[str] | None = None,
-        policy_value: float | Sequence[float] | None = None,
-    ) -> Tensor:
-        """Masked diffusion, block by block → prompt + new tokens (B, S + n).
-
-        mask_token_id: 3, the default of the release, stands for the model's own mask token.
-        policy, policy_value: the commit policy (`decoding.unmasking.POLICIES`), one for all rows or one for each.
-        step_callback(step, steps, block, t=, logits=, block_idx=): called once per block with t 1.0 and logits None,
-        then after each pass. block (B, L) does not have the commits of this pass yet.
-        """
-        params = GenerationParams.of(
-            mode="diffusion",
-            block_size=block_size,
-            steps_per_block=steps_per_block,
-            mask_token_id=mask_token_id,
-            confidence_threshold=confidence_threshold,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            stop=stop,
-            deterministic=deterministic,
-            policy="threshold" if policy is None else policy,
-            policy_value=policy_value,
-        )
-        return self._generate(input_ids, params, attention_mask, step_callback)
-
-    @renamed_argument("knob", "policy_value")
-    def generate_verified(
-        self,
-        input_ids: Prompts,
-        max_new_tokens: int = 128,
-        block_size: int = 16,
-        draft_steps: int | None = None,
-        mask_token_id: int = 3,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        *,
-        acceptance: float = 1.0,
-        attention_mask: Tensor | None = None,
-        seed: int | Sequence[int] | None = None,
-        stop: str | Sequence[str] | None = None,
-        deterministic: bool = False,
-        policy: str | Sequence[str] | None = None,
-        policy_value: float | Sequence[float] | None = None,
-    ) -> Tensor:
-        """The denoiser drafts a block, the context tower verifies it in one pass → prompt + new tokens (B, S + n).
-
-        With acceptance 1 the tokens are those of `generate_ar` with the same seed: in fp32 and float64 exactly, in bf16
-        up to near ties. acceptance < 1 also accepts drafted tokens with at least this share of the probability of the
-        AR model's best token. draft_steps: denoising passes per draft; None: adapted to recent throughput.
-        """
-        params = GenerationParams.of(
-            mode="verified",
-            block_size=block_size,
-            draft_steps=draft_steps,
-            mask_token_id=mask_token_id,
-            acceptance=acceptance,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            seed=seed,
-            stop=stop,
-            deterministic=deterministic,
-            policy="threshold" if policy is None else policy,
-            policy_value=policy_value,
-        )
-        return self._generate(input_ids, params, attention_mask)
+    # --- generation: see also `PublishedMethods` --------------------------------------------------------------------
 
     @renamed_argument("knob", "policy_value")
     def stream(

@@ -8,8 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from twotower.errors import ConfigError
+from twotower.json_text import JsonObject
 from twotower.specs import KIND_OF_LETTER, LayerKind
 
+# transformers 5 writes the pattern as a list, with names of two versions.
+_KIND_OF_BLOCK_TYPE: dict[str, LayerKind] = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
 KINDS: tuple[LayerKind, ...] = ("M", "*", "E", "-")  # of layers of the family
 
 
@@ -128,3 +138,34 @@ _EXPECTED: dict[str, tuple[str, Callable[[object], bool]]] = {
         lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
     ),
 }
+
+
+def layer_kinds(own: JsonObject, kwargs: JsonObject) -> JsonObject:
+    """The pattern, from any of its spellings, which are removed from kwargs. All given spellings must agree."""
+    pattern = own.get("hybrid_override_pattern")
+    for key in ("layers_block_type", "layer_types"):
+        if (types := kwargs.pop(key, None)) is None:
+            continue
+        spelled = _pattern_of(key, types)
+        if pattern not in (None, spelled):
+            raise ConfigError(
+                f"config: {key} means {spelled!r}, but hybrid_override_pattern is {pattern!r}; remove one of them"
+            )
+        pattern = spelled
+    pattern = "M*E-" if pattern is None else pattern
+    declared = kwargs.pop("num_hidden_layers", None)
+    if declared is not None and isinstance(pattern, str) and declared != len(pattern):
+        raise ConfigError(
+            f"config: num_hidden_layers is {declared!r} but hybrid_override_pattern {pattern!r} has {len(pattern)} "
+            "letters; remove num_hidden_layers"
+        )
+    return {"hybrid_override_pattern": pattern}
+
+
+def _pattern_of(key: str, types: object) -> str:
+    if not isinstance(types, list | tuple):
+        raise ConfigError(f"config: {key} is {types!r}; it must be a list of layer kinds")
+    unknown = [name for name in types if name not in _KIND_OF_BLOCK_TYPE]
+    if unknown:
+        raise ConfigError(f"config: {key} has {unknown[0]!r}; choose from {sorted(_KIND_OF_BLOCK_TYPE)}")
+    return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)

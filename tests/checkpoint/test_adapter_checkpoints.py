@@ -86,7 +86,8 @@ def test_saved_and_loaded_again_and_exported(made: tuple[Path, Path], cli: Calla
             {"adapters": {"rank": 4, "gate": "everywhere"}, "draft_head": {"rank": 8}},
             "draft_head needs adapters with gate",
         ),
-        ({"adapters": {"rank": 4}, "format": 2}, "format is 2; this version reads up to 1, so update twotower"),
+        ({"adapters": {"rank": 4}, "format": 3}, "format is 3; this version reads up to 2, so update twotower"),
+        ({"adapters": {"rank": 4}, "format": 2}, "format 2 needs denoisers, which are missing; remove format"),
         ({"adapters": {"rank": 4, "gate": "left"}}, "adapters.gate is 'left'; it must be one of masks, everywhere"),
         ({"adapters": {"rank": 4}}, 'gate "masks" need prediction_shift 1 .* "prefix_causal", not 0 and \'full\''),
         (

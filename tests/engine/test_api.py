@@ -69,8 +69,8 @@ SIGNATURES = {
 }  # fmt: skip
 KEYWORD_ONLY = {
     "generate_ar": {"attention_mask", "seed", "stop"},
-    "generate_mock_ar": {"attention_mask", "seed", "stop"},
-    "generate_mask_diffusion": {"attention_mask", "seed", "stop", "top_p", "policy", "policy_value"},
+    "generate_mock_ar": {"attention_mask", "seed", "stop", "denoiser"},
+    "generate_mask_diffusion": {"attention_mask", "seed", "stop", "top_p", "policy", "policy_value", "denoiser"},
     "place_towers_on_devices": set(),
     "forward": set(),
 }

@@ -54,8 +54,8 @@ def recorded(found: list[Pass]) -> Iterator[None]:
         found.append(("context", numbers, max(len(work.tokens) for work in works)))
         return read(model, state, constants, works)  # type: ignore[arg-type]
 
-    def launch_blocks(blocks: OpenBlocks, sequences: Sequence[RunningSequence], *rest: object) -> object:
-        pending = fill(blocks, sequences, *rest)  # type: ignore[arg-type]
+    def launch_blocks(blocks: OpenBlocks, model: Towers, sequences: Sequence[RunningSequence], *rest: object) -> object:
+        pending = fill(blocks, model, sequences, *rest)  # type: ignore[arg-type]
         found.append(
             ("denoiser", tuple(sequence.output.row for sequence in sequences), len(pending.blocks.wait()[0][0]))
         )

@@ -163,7 +163,7 @@ def _result(
         mask_token_id=mask.id,
         mask_token=mask.text,
         mask_reason=mask.reason,
-        parameters_per_tower=_parameters(entry for entry in known if _of_context(entry)),
+        parameters_per_tower=_parameters(entry for entry in known if names.of_context(entry)),
         time_parameters=_parameters(entry for entry in known if entry.memory.startswith("time.")),
         adapter_rank=None if adapters is None else adapters.rank,
         draft_head_rank=None if head is None else head.rank,
@@ -233,10 +233,6 @@ def _adapter_notes(stored: AdapterFolder | None, tower: OneTowerCheckpoint) -> I
             "the adapters come from a backbone with other weights than these (another version, or quantised weights); "
             "AR and verified decoding stay exact, and fewer drafts may be accepted"
         )
-
-
-def _of_context(entry: TensorEntry) -> bool:
-    return entry.memory.startswith("context.") and not names.of_adapters(entry.memory)
 
 
 def _parameters(entries: Iterable[TensorEntry]) -> int:

@@ -80,8 +80,7 @@ def export_one_tower(
         model = TwoTowerModel(config)
     found, known = reader.read_headers(origin), names.tensor_entries(model)
     reader.check(origin, found, known, known, config)
-    own = [entry for entry in known if entry.memory.startswith("context.") and not names.of_adapters(entry.memory)]
-    context = dict.fromkeys(entry.disk for entry in own)
+    context = dict.fromkeys(entry.disk for entry in known if names.of_context(entry))
     table = found[reader.embeddings(known).disk].torch_dtype
     values, notes = autoregressive_values(model, table)
     with ExitStack() as files:

@@ -52,7 +52,7 @@ class LoadArguments:
     """The arguments of `from_pretrained`.
 
     quantization: a plan; None: that of the checkpoint. config: a configuration, or where to read it; None: that of the
-    checkpoint.
+    checkpoint. denoiser: the name of the one to load, of several; None: all.
     """
 
     hub: HubArguments
@@ -63,6 +63,7 @@ class LoadArguments:
     config: PretrainedConfig | str | PathLike[str] | None
     devices: dict[str, torch.device]
     trust_remote_code: bool
+    denoiser: str | None = None
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> LoadArguments:
@@ -91,6 +92,7 @@ class LoadArguments:
                 "denoiser": _device(kwargs.pop("denoiser_device", None), device_map),
             },
             trust_remote_code=bool(kwargs.pop("trust_remote_code", None)),
+            denoiser=kwargs.pop("denoiser", None),
         )
         if (kwargs.get("adapter_kwargs") or {}).keys() <= _AUTO_ADAPTER:
             kwargs.pop("adapter_kwargs", None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
+from twotower.denoiser_fields import DenoiserConfig
 from twotower.errors import CheckpointError
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -62,7 +63,11 @@ def check_counts(file: Path, found: Iterable[str], needed: Iterable[str], config
     if not isinstance(config, GenericTwoTowerConfig):
         return
     found, needed = list(found), list(needed)
-    _check_denoiser(file, found, needed, config)
+    if config.denoisers is None:
+        _check_denoiser(file, found, needed, config.denoiser)
+    for name, one in () if config.denoisers is None else config.denoisers.items():
+        prefix = f"denoisers.{name}."
+        _check_denoiser(file, _names_under(prefix, found), _names_under(prefix, needed), one.choices)
     layers, wanted = (len({m[1] for name in names if (m := _LAYER.search(name))}) for names in (found, needed))
     if layers != wanted:
         raise CheckpointError(
@@ -81,12 +86,15 @@ def check_counts(file: Path, found: Iterable[str], needed: Iterable[str], config
             )
 
 
-def _check_denoiser(file: Path, found: Iterable[str], needed: Iterable[str], config: GenericTwoTowerConfig) -> None:
+def _names_under(prefix: str, names: Iterable[str]) -> list[str]:
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _check_denoiser(file: Path, found: Iterable[str], needed: Iterable[str], own: DenoiserConfig) -> None:
     """Raises CheckpointError if a denoiser tower has not the layers that config.json names, or other kinds of layers.
 
     needed: without those of the denoiser if it is not loaded.
     """
-    own = config.denoiser
     there, wanted = _denoiser_layers(found), _denoiser_layers(needed)
     if not wanted or (own.denoiser_layers is None and own.denoiser_feed_forward is None):
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int8
 from twotower.specs import TowerSpec
 
+DENOISERS = "denoisers."  # before the names of the tensors of one denoiser of several
 SCALE = "_scale"  # suffix of the scales of an int8 tensor; checkpoints do not store them
 
 _LAYER_IN_MEMORY = re.compile(r"layers\.(\d+)\.(.*)")
@@ -78,6 +79,8 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
     specs = {"context": model.spec, "denoiser": model.spec if model.denoiser is None else model.denoiser.spec}
     for memory, shape in weight_shapes(model).items():
         first, part = memory.split(".", 1)
+        if first == "denoisers":
+            continue
         if first == "time":
             out.append(TensorEntry(part, memory, None, shape, shape))
         elif of_adapters(memory):
@@ -85,7 +88,21 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
             out.append(TensorEntry(f"adapters.{own}", memory, None, shape, shape))
         else:
             out += _entries(memory, shape, family, specs[first], TWO_TOWERS[first])
+    several = model.config.denoisers
+    for place, name in enumerate(several.names if several is not None and model.denoisers else ()):
+        alone = [entry for entry in tensor_entries(model.with_denoiser(name)) if not of_context(entry)]
+        out += [replace(one, memory=f"{DENOISERS}{place}.{one.memory}") for one in among_several(alone, name)]
     return out
+
+
+def among_several(entries: Iterable[TensorEntry], denoiser: str) -> list[TensorEntry]:
+    """The tensors of a model with one denoiser in a checkpoint of several, where the denoiser has this name."""
+    return [one if of_context(one) else replace(one, disk=f"{DENOISERS}{denoiser}.{one.disk}") for one in entries]
+
+
+def of_context(entry: TensorEntry) -> bool:
+    """Whether a tensor belongs to the context tower, without adapters."""
+    return entry.memory.startswith("context.") and not of_adapters(entry.memory)
 
 
 def one_tower_entries(model: TwoTowerModel, layout: DiskLayout) -> list[TensorEntry]:

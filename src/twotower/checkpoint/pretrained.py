@@ -31,7 +31,8 @@ from twotower.config import (
     errors_of,
 )
 from twotower.errors import ArgumentError, CheckpointError
-from twotower.model.towers import TowerSet, TwoTowerModel, check_one_device
+from twotower.model.denoisers import check_one_device
+from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.quantization import INT8_ACTIVATIONS, QuantizationPlan
 from twotower.tokenizer import Tokenizer
 
@@ -70,14 +71,21 @@ def from_pretrained(
         )
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
-    if config.denoiser.adapters is not None and asked.towers == "both":
+    own = _with_denoiser(config, asked.denoiser)
+    if asked.towers == "both" and _has_adapters(own):
         check_one_device(asked.devices["context"], asked.devices["denoiser"])
     stored = stored_plan(config, directory / "config.json")
     with torch.device("meta"), errors_of(directory / "config.json"):
-        model = build(config, asked.towers)
-        known = _quantize(model, model if asked.towers == "both" else build(config, "both"), stored, asked)
+        model = build(own, asked.towers)
+        both = model if own is config and asked.towers == "both" else build(config, "both")
+        known = _quantize(model, both, stored, asked)
     wanted = _dtype(asked.dtype, config)
-    reader.load_weights(model, directory, known, wanted, asked.devices, stored is not None)
+    needed = names.tensor_entries(model)
+    if asked.denoiser is not None:
+        needed = names.among_several(needed, asked.denoiser)
+    if stored is not None:
+        needed = list(stored_entries(model, needed))
+    reader.load_weights(model, directory, known, needed, wanted, asked.devices)
     model.config.dtype = model.dtype
     return model, directory, defaults
 
@@ -112,7 +120,7 @@ def save_pretrained(
 ) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
     check_save_arguments(kwargs)
-    if model.denoiser is None and model.config.denoiser.adapters is None:
+    if not model.has_denoiser:
         raise ArgumentError(
             'save_pretrained: the model was loaded with towers="context"; load it with towers="both" to save it'
         )
@@ -191,6 +199,23 @@ def _config(directory: Path, given: PretrainedConfig | str | PathLike[str] | Non
         values = TwoTowerConfig.of(given).to_dict()
         config = type(config)(**{key: values.get(key, value) for key, value in config.to_dict().items()})
     return config
+
+
+def _with_denoiser(config: TwoTowerConfig, name: str | None) -> TwoTowerConfig:
+    """The configuration with one of its denoisers alone, if one is named."""
+    if name is None:
+        return config
+    if not isinstance(config, GenericTwoTowerConfig) or config.denoisers is None:
+        raise ArgumentError(
+            f"denoiser is {name!r}, and the checkpoint has one denoiser, without a name; leave it out", param="denoiser"
+        )
+    return config.with_denoiser(name)
+
+
+def _has_adapters(config: TwoTowerConfig) -> bool:
+    several = config.denoisers
+    choices = [config.denoiser] if several is None else [one.choices for _, one in several.items()]
+    return any(each.adapters is not None for each in choices)
 
 
 def _dtype(dtype: str | torch.dtype | None, config: TwoTowerConfig) -> torch.dtype | None:

@@ -37,7 +37,8 @@ def quantize_(model: Model, plan: QuantizationPlan | str = "int8") -> Model:
             for it; or the plan gives a scheme of its own to a denoiser that is adapters.
     """
     schemes = QuantizationPlan.parse(plan) if isinstance(plan, str) else plan
-    if any(isinstance(module, MaskEmbedding) for module in model.modules()):
+    adapters = any(isinstance(module, MaskEmbedding) for module in model.modules())
+    if adapters and not any(part_of(path).tower == "denoiser" for path, _ in large_weights(model)):
         _check_with_adapters(schemes)
     known = (module for module in model.modules() if isinstance(module, Quantized))
     if any(module.int8_activations != schemes.int8_activations for module in known):
@@ -73,6 +74,8 @@ def large_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def part_of(path: str) -> Part:
     """The part of a large weight, by the name of its module. A module outside towers counts to the context tower."""
     names = path.split(".")
+    if names[0] == "denoisers":
+        names = names[2:]
     tower: TowerName = "denoiser" if names[0] == "denoiser" else "context"
     if names[-1] in ("head", "shared_expert_gate"):
         return Part(tower, "heads")

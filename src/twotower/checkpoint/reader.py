@@ -222,19 +222,16 @@ def load_weights(
     model: TwoTowerModel,
     directory: Path,
     known: list[TensorEntry],
+    needed: list[TensorEntry],
     dtype: torch.dtype | None,
     device_of: dict[str, torch.device],
-    stored_quantized: bool = False,
 ) -> None:
     """Loads the weights into a model on the meta device.
 
-    dtype: of the model; None: that of the stored embeddings. device_of: the devices of "context" and "denoiser".
-    stored_quantized: whether quantised tensors are so on disk; otherwise they are quantised as they are read.
+    needed: its tensors on disk. dtype: of the model; None: that of the stored embeddings. device_of: the devices of
+    "context" and "denoiser".
     """
     found = read_headers(directory)
-    needed = tensor_entries(model)
-    if stored_quantized:
-        needed = list(stored_quantization.stored_entries(model, needed))
     check(directory, found, known, needed, model.config)
     if dtype is None:
         dtype = _stored_dtype(found[embeddings(needed).disk])

@@ -54,18 +54,27 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
 
         click.echo(to_json(facts | {"confidence_threshold": threshold_of(loaded), "modes": modes}, ensure_ascii=False))
         return
-    print_tables(console, results, threshold_of(loaded), shown_mode(loaded), None if loaded.has_adapters else MOCK_AR)
+    print_tables(
+        console, results, threshold_of(loaded), shown_mode(loaded), None if adapters_in(loaded, "mock_ar") else MOCK_AR
+    )
     console.print(speed_summary(results, shown_mode(loaded)), soft_wrap=not console.is_terminal)
+
+
+def adapters_in(model: TwoTowerForCausalLM, mode: str) -> bool:
+    """Whether the denoiser of a mode is adapters."""
+    from twotower.engine.towers import model_of_mode
+
+    return model_of_mode(model, mode).has_adapters
 
 
 def threshold_of(model: TwoTowerForCausalLM) -> float:
     """The threshold of mode diffusion."""
-    return ADAPTER_THRESHOLD if model.has_adapters else THRESHOLD
+    return ADAPTER_THRESHOLD if adapters_in(model, "diffusion") else THRESHOLD
 
 
 def shown_mode(model: TwoTowerForCausalLM) -> str:
     """The mode that the demo shows: with adapters, verified decoding has its best figures."""
-    return "verified" if model.has_adapters else "diffusion"
+    return "verified" if adapters_in(model, "verified") else "diffusion"
 
 
 def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
@@ -77,11 +86,14 @@ def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
 
     where = model_loading.placement(model)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    parts = "one tower with adapters" if model.has_adapters else "two towers"
+    if model.denoisers:
+        parts = f"one context tower with {len(model.denoisers)} denoisers"
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' if count > 1 else ''}" if model.device.type == "cpu" else ""
     return Text.assemble(
         (model_loading.name_of(source), "bold"),
-        f": {size:.1f} M parameters in {'one tower with adapters' if model.has_adapters else 'two towers'} of "
+        f": {size:.1f} M parameters in {parts} of "
         f"{model.spec.num_layers} layers ({format_pattern(model.spec.pattern)}), {where['dtype']} on "
         f"{where['context_device']}{threads}",
     )
@@ -99,14 +111,14 @@ def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
 def show_run(model: TwoTowerForCausalLM) -> None:
     """Shows one run, which is not measured."""
     from twotower.cli.watch import Watcher, make_view
-    from twotower.engine.towers import block_rule
+    from twotower.engine.towers import block_rule, model_of_mode
     from twotower.tokenizer import require_tokenizer
 
     if not sys.stdout.isatty():
         click.echo(PROMPT + "\n")
     mode, tokenizer = shown_mode(model), require_tokenizer(model.tokenizer)
     view = make_view("stdout", PROMPT, keep=True)
-    with Watcher(tokenizer, model.config.mask_token, view, mode, block_rule(model)) as watcher:
+    with Watcher(tokenizer, model.config.mask_token, view, mode, block_rule(model_of_mode(model, mode))) as watcher:
         events = model.stream(PROMPT, mode, step_callback=watcher.callback, **stream_arguments(model, mode))
         for _ in watcher.watch(events):
             pass

@@ -120,6 +120,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @click.option(
     "--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="Seed of sampling.  [default: random, and printed]"
 )
+@models.denoiser_option
 @models.deterministic_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop string: end before this text. Can be repeated.")
 @click.option("--watch", is_flag=True, help="Show each denoising pass on stderr.")
@@ -166,6 +167,7 @@ class GenerateOptions:
     top_k: int | None
     top_p: float | None
     seed: int | None
+    denoiser: str | None
     deterministic: bool
     stop: tuple[str, ...]
     watch: bool
@@ -188,6 +190,7 @@ class GenerateOptions:
             "seed": secrets.randbits(31) if self.seed is None else self.seed,
             "stop": self.stop,
             "deterministic": self.deterministic,
+            "denoiser": self.denoiser,
         }
         if self.mode not in BLOCK_MODES:
             return shared
@@ -280,13 +283,14 @@ def generate_text(options: GenerateOptions) -> None:
 
 def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) -> Watcher:
     from twotower.cli.watch import NullView, Watcher, make_view
-    from twotower.engine.towers import block_rule
+    from twotower.engine.towers import block_rule, model_of_mode
     from twotower.tokenizer import require_tokenizer
 
     # If the text goes to a file, the last frame stays on the terminal.
     view = make_view("stderr", prompt, keep=not sys.stdout.isatty()) if options.watch else NullView()
     names = require_tokenizer(model.tokenizer)
-    return Watcher(names, model.config.mask_token, view, options.mode, block_rule(model))
+    rule = block_rule(model_of_mode(model, options.mode, options.denoiser))
+    return Watcher(names, model.config.mask_token, view, options.mode, rule)
 
 
 def _stream(

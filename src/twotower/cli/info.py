@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,7 @@ from twotower.cli import model_options as models
 from twotower.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from twotower.cli.info_facts import AdapterFacts, Facts, ParameterCounts, StateSizes, StoredWeights
+    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, StoredWeights
     from twotower.modeling_twotower import TwoTowerForCausalLM
     from twotower.specs import TowerSpec
 
@@ -65,7 +62,7 @@ def describe(path: Path) -> Facts:
         from twotower.checkpoint.stored_quantization import stored_plan
         from twotower.checkpoint.tokenizer_files import TOKENIZER_FILES
         from twotower.cli.info_backbone import backbone_facts, refuse_one_tower
-        from twotower.cli.info_denoiser import denoiser_facts, layer_numbers
+        from twotower.cli.info_denoiser import denoiser_facts, layer_numbers, memory_of
         from twotower.cli.info_generation import generation_facts, read_tokenizer
         from twotower.config import TwoTowerConfig, errors_of
         from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -91,19 +88,13 @@ def describe(path: Path) -> Facts:
         "architectures": config.architectures,
         "dtype": dtype,
         "pattern": model.spec.pattern,
-        "adapters": _adapters(model, models_by_dtype),
-        "denoiser": denoiser_facts(model),
+        **denoiser_facts(model, models_by_dtype),
         "layer_numbers": layer_numbers(model.spec),
-        "blocks": {
-            "prediction_shift": config.denoiser.prediction_shift,
-            "block_attention": config.denoiser.block_attention,
-            "first_from_ar": config.denoiser.first_from_ar,
-        },
         "backbone": backbone_facts(config, model.spec),
         "layers": _layers(model.spec),
         "shape": _shape(model.spec),
         "parameters": _parameters(model),
-        "memory": {name: _memory(*each) for name, each in models_by_dtype.items()},
+        "memory": {name: memory_of(*each) for name, each in models_by_dtype.items()},
         "computes_in": computes_in,
         "state": _state(model.spec, list(computes_in.values())[-1]),
         "backends": _backends(model, computes_in),
@@ -162,87 +153,26 @@ def _shape(spec: TowerSpec) -> dict[str, int]:
 
 
 def _parameters(model: TwoTowerForCausalLM) -> ParameterCounts:
+    from twotower.cli.info_denoiser import count_of
+    from twotower.model.conditioning import TimeConditioning
     from twotower.model.moe import MoE
 
     spec, moe_spec = model.spec, model.spec.moe
     layers = list(model.context.all_layers())
-    total = _count(model.context, adapters=False)
-    moe = sum(_count(layer, adapters=False) for layer in layers if layer.kind == "E")
-    routed = sum(_count(layer.mixer.experts) for layer in layers if isinstance(layer.mixer, MoE))
+    total = count_of(model.context, adapters=False)
+    moe = sum(count_of(layer, adapters=False) for layer in layers if layer.kind == "E")
+    routed = sum(count_of(layer.mixer.experts) for layer in layers if isinstance(layer.mixer, MoE))
     active = total - routed + (0 if moe_spec is None else routed * moe_spec.top_k // moe_spec.experts)
-    table = _count(model.context.embeddings)
+    table = count_of(model.context.embeddings)
     return {
         "per_tower": total,
-        "both_towers": _count(model),
-        "time_conditioning": _count(model.time) if model.time is not None else 0,
+        "both_towers": count_of(model),
+        "time_conditioning": sum(count_of(part) for part in model.modules() if isinstance(part, TimeConditioning)),
         "active": active,
         "active_without_embedding": active - table + spec.hidden_size,
         "moe_share": moe / total,
         "routed_expert_share": routed / total,
     }
-
-
-def _count(module: nn.Module, adapters: bool = True) -> int:
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return sum(tensor.numel() for name, tensor in named if adapters or not _of_adapters(name))
-
-
-def _of_adapters(name: str) -> bool:
-    return any(part in name for part in ("adapter.", "mask_embedding.", "draft_head."))
-
-
-def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
-    """Bytes of weights; weights that are not quantized are in `dtype`. Time conditioning and adapters count to the
-    denoiser."""
-    context = denoiser = 0
-    for name, size in _sizes(model, dtype):
-        if name.startswith("context.") and not _of_adapters(name):
-            context += size
-        else:
-            denoiser += size
-    return {"context": context, "denoiser": denoiser, "both": context + denoiser}
-
-
-def _sizes(module: nn.Module, dtype: str) -> Iterator[tuple[str, int]]:
-    """Names and bytes of tensors, of which those that are not quantized are in `dtype`."""
-    import torch
-
-    from twotower.model.fp32_tensors import target_dtype
-
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        kept = target_dtype(name, getattr(torch, dtype)) if tensor.is_floating_point() else tensor.dtype
-        yield name, tensor.numel() * kept.itemsize
-
-
-def _adapters(
-    model: TwoTowerForCausalLM, models_by_dtype: dict[str, tuple[TwoTowerForCausalLM, str]]
-) -> AdapterFacts | None:
-    if (adapters := model.config.denoiser.adapters) is None:
-        return None
-    return {
-        "rank": adapters.rank,
-        "gate": adapters.gate,
-        "draft_head_rank": None if (head := model.config.denoiser.draft_head) is None else head.rank,
-        "parameters": sum(tensor.numel() for name, tensor in model.named_parameters() if _of_adapters(name)),
-        "bytes": {name: _memory(*each)["denoiser"] for name, each in models_by_dtype.items()},
-        "read_bytes": {name: _read_bytes(*each) for name, each in models_by_dtype.items()},
-    }
-
-
-def _read_bytes(model: TwoTowerForCausalLM, dtype: str) -> int:
-    """Bytes of weights that a pass over one token reads: one row of the embedding, and the experts it selects."""
-    from twotower.model.moe import MoE
-
-    def size_of(module: nn.Module) -> int:
-        return sum(size for _, size in _sizes(module, dtype))
-
-    table = size_of(model.context.embeddings)
-    size = size_of(model.context) - (0 if model.spec.tied_head else table - table // model.spec.vocab_size)
-    size -= 0 if (head := model.context.draft_head) is None else size_of(head)  # a pass without masks does not read it
-    if (moe := model.spec.moe) is None:
-        return size
-    routed = sum(size_of(layer.mixer.experts) for layer in model.context.all_layers() if isinstance(layer.mixer, MoE))
-    return size - routed + routed * moe.top_k // moe.experts
 
 
 def _state(spec: TowerSpec, dtype: str) -> StateSizes:

@@ -111,15 +111,42 @@ class BlockFacts(TypedDict):
     first_from_ar: bool
 
 
-class Facts(TypedDict):
-    """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
-    device. layer_numbers: of the backbone's layers, by kind. denoiser: None if it is a full tower, or adapters."""
+class NamedDenoiserFacts(TypedDict):
+    """One denoiser of several. modes: those that use it if a request names none. block_size: of its training.
 
-    path: str
+    adapters, denoiser, blocks: as in `AllDenoiserFacts`. parameters, bytes: of what the context tower lacks, in each
+    dtype. read_bytes: of the weights that its pass over one token reads.
+    """
+
+    name: str
+    modes: list[str]
+    block_size: int | None
     adapters: AdapterFacts | None
     denoiser: DenoiserFacts | None
-    layer_numbers: dict[str, list[int]]
     blocks: BlockFacts
+    parameters: int
+    bytes: dict[str, int]
+    read_bytes: dict[str, int]
+
+
+class AllDenoiserFacts(TypedDict):
+    """What the denoiser is. denoiser: None if it is a full tower, or adapters.
+
+    denoisers: of a model with several, whose other fields are None; None if there is one.
+    """
+
+    adapters: AdapterFacts | None
+    denoiser: DenoiserFacts | None
+    blocks: BlockFacts | None
+    denoisers: list[NamedDenoiserFacts] | None
+
+
+class Facts(AllDenoiserFacts):
+    """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
+    device. layer_numbers: of the backbone's layers, by kind."""
+
+    path: str
+    layer_numbers: dict[str, list[int]]
     backbone: BackboneFacts
     architectures: list[str] | None
     dtype: str

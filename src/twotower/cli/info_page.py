@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DenoiserFacts,
         Facts,
         GenerationFacts,
+        NamedDenoiserFacts,
         ParameterCounts,
         StateSizes,
         StoredWeights,
@@ -47,15 +48,19 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     yield "numbers", numbers
     yield "backbone", list(_backbone(facts["backbone"]))
     yield "shape", list(_shape(facts["shape"]))
-    yield "parameters", list(_parameters(facts["parameters"], facts["adapters"], facts["denoiser"]))
+    yield "parameters", list(_parameters(facts["parameters"], facts["adapters"], facts["denoiser"], facts["denoisers"]))
     if facts["adapters"] is not None:
         yield "denoiser", list(_adapters(facts["adapters"]))
     if facts["denoiser"] is not None:
         yield "denoiser", list(_denoiser(facts["denoiser"]))
-    if blocks := list(_blocks(facts["blocks"])):
+    if facts["blocks"] is not None and (blocks := list(_blocks(facts["blocks"]))):
         yield "blocks", blocks
-    yield "weights in", list(_memory(facts["memory"], facts["adapters"]))
-    yield "state", list(_state(facts["state"], facts["adapters"] is None))
+    several = facts["denoisers"] or []
+    for each in several:
+        yield "denoiser", list(_named_denoiser(each))
+    yield "weights in", list(_memory(facts["memory"], facts["adapters"], several))
+    adapters = facts["adapters"] is not None or any(each["adapters"] is not None for each in several)
+    yield "state", list(_state(facts["state"], not adapters))
     for device, rows in facts["backends"].items():
         yield (
             f"{device} {_SHORT.get(facts['computes_in'][device], facts['computes_in'][device])}",
@@ -104,8 +109,19 @@ def _shape(shape: dict[str, int]) -> Iterator[str]:
         yield f"MLP: width {shape['intermediate_size']}"
 
 
-def _parameters(count: ParameterCounts, adapters: AdapterFacts | None, denoiser: DenoiserFacts | None) -> Iterator[str]:
-    if denoiser is not None:
+def _parameters(
+    count: ParameterCounts,
+    adapters: AdapterFacts | None,
+    denoiser: DenoiserFacts | None,
+    several: Sequence[NamedDenoiserFacts] | None,
+) -> Iterator[str]:
+    if several is not None:
+        of_all = sum(each["parameters"] for each in several)
+        yield (
+            f"{format_count(count['per_tower'])} of the context tower; {format_count(count['both_towers'])} in all, "
+            f"of which {format_count(of_all)} of {len(several)} denoisers"
+        )
+    elif denoiser is not None:
         yield (
             f"{format_count(count['per_tower'])} of the context tower, {format_count(denoiser['parameters'])} of the "
             f"denoiser; {format_count(count['both_towers'])} in all, "
@@ -137,6 +153,20 @@ def _denoiser(facts: DenoiserFacts) -> Iterator[str]:
     yield f"{format_count(facts['parameters'])} parameters, without time conditioning"
 
 
+def _named_denoiser(facts: NamedDenoiserFacts) -> Iterator[str]:
+    """Lines about one denoiser of several."""
+    modes = f"for mode {', '.join(facts['modes'])}" if facts["modes"] else "used by its name only"
+    size = "" if facts["block_size"] is None else f", trained with blocks of {facts['block_size']}"
+    yield f"{facts['name']}: {modes}{size}"
+    if facts["adapters"] is not None:
+        yield from _adapters(facts["adapters"])
+    elif facts["denoiser"] is not None:
+        yield from _denoiser(facts["denoiser"])
+    else:
+        yield f"a full tower: {format_count(facts['parameters'])} parameters with time conditioning"
+    yield from _blocks(facts["blocks"])
+
+
 def _adapters(adapters: AdapterFacts) -> Iterator[str]:
     head = "" if (rank := adapters["draft_head_rank"]) is None else f" and a draft head of rank {rank}"
     yield (
@@ -159,10 +189,11 @@ def _blocks(blocks: BlockFacts) -> Iterator[str]:
         yield "in diffusion the context tower chooses the first token of each block"
 
 
-def _memory(memory: dict[str, dict[str, int]], adapters: AdapterFacts | None) -> Iterator[str]:
+def _memory(
+    memory: dict[str, dict[str, int]], adapters: AdapterFacts | None, several: Sequence[NamedDenoiserFacts]
+) -> Iterator[str]:
     sizes = list(memory.values())
     unit, divisor = unit_of(max(size["both"] for size in sizes))
-    yield f"{unit:<34}" + "".join(f"{_SHORT.get(name, name):>10}" for name in memory)
     named = {
         "both towers on one device": "both",
         "two devices: context": "context",
@@ -171,12 +202,21 @@ def _memory(memory: dict[str, dict[str, int]], adapters: AdapterFacts | None) ->
     }
     if adapters is not None:
         named = {"context tower and adapters": "both", "context tower alone (--mode ar)": "context"}
+    if several:
+        named = {"context tower and all denoisers": "both", "context tower alone (--mode ar)": "context"}
     rows = {name: [f"{size[part] / divisor:.1f}" for size in sizes] for name, part in named.items()}
     if adapters is not None:
         rows["adapters"] = [f"{size / divisor:.1f}" for size in adapters["bytes"].values()]
         rows["read by a pass of one token"] = [f"{size / divisor:.1f}" for size in adapters["read_bytes"].values()]
+    for each in several:
+        rows[f"{each['name']}: its own weights"] = [f"{size / divisor:.1f}" for size in each["bytes"].values()]
+        rows[f"{each['name']}: read by a pass of 1 token"] = [
+            f"{size / divisor:.1f}" for size in each["read_bytes"].values()
+        ]
+    wide = max(34, *(len(name) + 2 for name in rows))
+    yield f"{unit:<{wide}}" + "".join(f"{_SHORT.get(name, name):>10}" for name in memory)
     for name, cells in rows.items():
-        yield f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells)
+        yield f"{name:<{wide}}" + "".join(f"{cell:>10}" for cell in cells)
     yield "int8, int4: with --quantization; weights that are not quantized in bf16"
 
 

@@ -13,7 +13,7 @@ from twotower.cli.bench import bench
 from twotower.cli.curves import curves
 from twotower.cli.demo import demo
 from twotower.cli.evaluate import evaluate
-from twotower.cli.export import export
+from twotower.cli.export import export, join
 from twotower.cli.generate import generate
 from twotower.cli.info import info
 from twotower.cli.init import init
@@ -65,6 +65,7 @@ for verb in (
     demo,
     info,
     init,
+    join,
     export,
     quantize,
     generate_data,

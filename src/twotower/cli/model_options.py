@@ -90,6 +90,12 @@ context_device_option = click.option(
 denoiser_device_option = click.option(
     "--denoiser-device", metavar="DEVICE", help="Device of the denoiser tower.  [default: that of the context tower]"
 )
+denoiser_option = click.option(
+    "--denoiser",
+    metavar="NAME",
+    help="Diffusion, verified, mock_ar, auto: the denoiser to use, of a model with several.  [default: that of the "
+    "mode]",
+)
 deterministic_option = click.option(
     "--deterministic",
     is_flag=True,

@@ -96,7 +96,7 @@ def report(
     for a model card. After an interruption, the same command continues. Only one process at a time writes to DIR.
     """
     from twotower.decoding.presets import parse_setting
-    from twotower.engine.towers import block_rule
+    from twotower.engine.towers import block_rule, model_of_mode
     from twotower.evaluation import sweep
     from twotower.evaluation.machine import machine_facts
     from twotower.file_lock import exclusive_lock
@@ -118,7 +118,7 @@ def report(
         with status_line() as update:
             points = sweep.sweep_settings(
                 loaded,
-                chosen or sweep.grid(block_rule(loaded).one_pass),
+                chosen or sweep.grid(block_rule(model_of_mode(loaded, "diffusion")).one_pass),
                 per_family=problems,
                 timed=timed,
                 families=families,

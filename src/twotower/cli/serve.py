@@ -212,7 +212,9 @@ def start_server(options: ServeOptions) -> None:
         from twotower.server.uvicorn_server import serve_until_signal
     except ImportError as error:
         raise ArgumentError(f"serving needs {error.name}; install it: {install_command('serve')}") from None
+    from twotower.decoding.params import GenerationParams
     from twotower.engine import AsyncLLM
+    from twotower.engine.towers import denoiser_name
     from twotower.server.parsers.selection import check_names
     from twotower.server.service import Service
     from twotower.server.settings import ServerSettings, check_origin, check_root_path, read_keys
@@ -229,6 +231,7 @@ def start_server(options: ServeOptions) -> None:
     _check_free(options.host, options.port)
     source = model_loading.source_of(options.model)
     engine = _engine(options, source)
+    denoiser_name(engine.model, GenerationParams.from_mapping(decoding))  # raises if the setting names an unknown one
     sampling = sampling_defaults(engine.model, options.generation_config)
     settings = ServerSettings(
         name=options.name or Path(source).name,

@@ -17,6 +17,7 @@ MODES_OF_FIELD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("threshold", "policy", "policy_value", "block_size"), BLOCK_MODES),
     "steps": ("diffusion", AUTO),
     **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
+    "denoiser": ("diffusion", "verified", "mock_ar", AUTO),
 }
 # Settings (decoding/presets.py) that are compared with AR by default.
 COMPARED_SETTINGS = ("diffusion:0.9", "diffusion:0.95", "verified:draft_steps=1")

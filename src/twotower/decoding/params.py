@@ -34,6 +34,7 @@ class RowIndependent(TypedDict, total=False):
     draft_steps: int | None
     acceptance: float
     deterministic: bool
+    denoiser: str | None
 
 
 class Parameters(RowIndependent, total=False):
@@ -66,6 +67,7 @@ class GenerationParams:
     deterministic: the text repeats itself on one machine in any dtype, because the passes do not depend on measured
     times or on other requests. Each sequence has passes of its own, a draft has a fixed depth (draft_steps, by default
     1) and length, prompts are read in fixed pieces without the prefix cache, and mode "auto" means verified.
+    denoiser: the name of the one to use, in a model with several; None: that of the mode.
 
     Raises:
         ArgumentError (a ValueError): names the parameter, its value and the remedy.
@@ -88,6 +90,7 @@ class GenerationParams:
     draft_steps: int | None = None
     acceptance: float = 1.0
     deterministic: bool = False
+    denoiser: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop"):  # a single value means a tuple of one
@@ -110,6 +113,8 @@ class GenerationParams:
             raise ArgumentError(
                 f"deterministic is {self.deterministic!r}; it must be True or False", param="deterministic"
             )
+        if self.denoiser is not None and not isinstance(self.denoiser, str):
+            raise ArgumentError(f"denoiser is {self.denoiser!r}; it must be a name, or None", param="denoiser")
         if self.top_k is not None:
             check_whole("top_k", self.top_k, least=1)
         if self.top_p is not None:

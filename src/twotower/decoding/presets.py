@@ -5,6 +5,7 @@ diffusion:0.8                         a mode, and the value of the default polic
 diffusion:factor=1.2,block_size=32    a policy with its value, and parameters by name
 verified:draft_steps=1,acceptance=0.5
 verified:deterministic=true
+verified:denoiser=drafter             of a model with several denoisers
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from twotower.errors import ArgumentError
 
 WHOLE = ("block_size", "steps_per_block", "draft_steps", "top_k", "seed")
 FLAGS = ("deterministic",)
+NAMES = ("denoiser",)
 NUMBERS = ("temperature", "top_p", "acceptance", "confidence_threshold")
 
 
@@ -68,10 +70,12 @@ def parse_setting(text: str) -> Setting:
             values[name] = int(_number(text, part, value, whole=True))
         elif name in FLAGS:
             values[name] = _flag(text, part, value)
+        elif name in NAMES:
+            values[name] = value
         elif name in NUMBERS:
             values[name] = _number(text, part, value)
         else:
-            known = ", ".join((*WHOLE, *NUMBERS, *FLAGS, *POLICIES))
+            known = ", ".join((*WHOLE, *NUMBERS, *FLAGS, *NAMES, *POLICIES))
             raise ArgumentError(
                 f"setting {text!r}: unknown parameter or policy {name!r}; known are {known}", param="setting"
             )

@@ -15,7 +15,7 @@ from twotower.decoding.params import GenerationParams
 from twotower.engine.budget import check_block, check_text
 from twotower.engine.constraint_masks import check_constraint
 from twotower.engine.sequence import Request
-from twotower.engine.towers import Towers, block_rule
+from twotower.engine.towers import Towers, block_rule, model_for
 from twotower.errors import ArgumentError, LengthError
 
 
@@ -35,7 +35,7 @@ def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequenc
         check_block(model, params.block_size)
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
-    if block_rule(model).one_pass:
+    if block_rule(model_for(model, params)).one_pass:
         _check_adapters(params)
     if params.mode not in ("ar", AUTO) and not model.has_denoiser:
         raise ArgumentError(

@@ -15,14 +15,15 @@ from twotower.engine.rounds import can_run_in_lockstep
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.sequence import Request, RunningSequence
-from twotower.engine.towers import Towers, block_rule
+from twotower.engine.towers import Towers, block_rule, denoiser_name, model_for
 from twotower.ops.host_transfer import to_device_async
 
 
 class Admitter:
     """Moves requests from `scheduler.waiting` to `scheduler.running`.
 
-    constants: of the rows, on the device of each tower. block_size: the engine's longest block.
+    models: the model with each denoiser that sequences use, by its name (`engine.towers`). constants: of the rows, on
+    the device of each tower. block_size: the engine's longest block.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Admitter:
         block_size: int,
     ) -> None:
         self.model, self.options = model, options
-        self.block_rule = block_rule(model)
+        self.models: dict[str | None, Towers] = {None: model}
         self.state, self.prefixes, self.constants = state, prefixes, constants
         self.scheduler, self.block_size = scheduler, block_size
 
@@ -82,8 +83,10 @@ class Admitter:
         params, reason = resolve(self.model, request.params, 1)
         reason = reason or request.mode_reason
         output = SequenceOutput.of(number, params, len(request.prompt), self.model.tokenizer, reason)
-        controller = self.model.workspace.draft_controller(request.params, together, len(request.prompt))
-        return RunningSequence.of(request, output, slot, controller, self.block_rule)
+        name, own = denoiser_name(self.model, request.params), model_for(self.model, request.params)
+        self.models[name] = own
+        controller = own.workspace.draft_controller(request.params, together, len(request.prompt))
+        return RunningSequence.of(request, output, slot, controller, block_rule(own), name)
 
     def _prepare_slots(self, sequences: Sequence[RunningSequence]) -> None:
         for constants in self.constants:

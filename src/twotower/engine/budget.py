@@ -83,7 +83,7 @@ def needs_of(
         return size.of_text(tokens, longest_pass) if memory is None else 0
 
     states = Need(model.device, memory or 0, 0, text, longest)
-    there, logits = _denoiser_device(model), block_bytes(model, logit_positions)
+    there, logits = model.denoiser_device, block_bytes(model, logit_positions)
     if there == states.device:
         return [states._replace(logits=logits)]
     return [states, states._replace(device=there, logits=logits)]
@@ -103,7 +103,7 @@ def rows_that_fit(needs: Sequence[Need], rows: int) -> int:
 def check_block(model: Towers, block_size: int) -> None:
     """Raises ArgumentError if one block does not fit the free memory, with the size that would fit."""
     need = block_bytes(model, block_size)
-    if need < ALWAYS_FREE or (free := free_memory(_denoiser_device(model))) is None or need <= free:
+    if need < ALWAYS_FREE or (free := free_memory(model.denoiser_device)) is None or need <= free:
         return
     raise ArgumentError(
         f"block_size {block_size} takes about {need / 2**30:.1f} GiB for logits, and {free / 2**30:.1f} GiB are free; "
@@ -136,7 +136,7 @@ def check_engine(
     over more blocks are divided when memory runs out.
     """
     check_block(model, block_size)
-    logits = block_size if _denoiser_device(model).type == "cpu" else 0
+    logits = block_size if model.denoiser_device.type == "cpu" else 0
     needs = needs_of(model, length + block_size, block_size, logits, memory, prefix_cache)
     rows = rows if memory is None else divide_memory(model, rows, length, block_size, 1, memory)[0]
     for need in needs:
@@ -162,10 +162,6 @@ def free_memory(device: torch.device) -> int | None:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return available_memory() if device.type == "cpu" else None
-
-
-def _denoiser_device(model: Towers) -> torch.device:
-    return model.device if model.denoiser is None else model.denoiser.device
 
 
 def divide_memory(

@@ -54,24 +54,24 @@ class CompiledPasses:
     seconds: the most time of several passes in one call; 0: one pass a call. usable: False: never.
     """
 
-    def __init__(
-        self, model: Towers, state: TowerState, blocks: OpenBlocks, scheduler: Scheduler, usable: bool
-    ) -> None:
+    def __init__(self, state: TowerState, blocks: OpenBlocks, scheduler: Scheduler, usable: bool) -> None:
         plain_head = state.spec.logit_factor == 1.0 and state.spec.logit_softcap is None
-        usable = usable and plain_head and state.texts is None and state.longest_pass is None
-        self.model = model if isinstance(model, TwoTowerModel) and usable else None
+        self.usable = usable and plain_head and state.texts is None and state.longest_pass is None
         self.state, self.blocks, self.scheduler = state, blocks, scheduler
         self.seconds = 0.0
         self._durations: dict[tuple[str, int], float] = {}  # of a pass: by kind and number of rows
         self._committed: Tensor | None = None  # the state's lengths when all its tokens were committed
-        self._modulations = Modulations()
+        self._modulations: dict[str | None, Modulations] = {}  # by the name of the denoiser
 
     # --- the context tower ----------------------------------------------------------------------------------------
 
-    def launch_context(self, scheduled: Sequence[ScheduledTokens]) -> CollectEvents | None:
-        """Launches one context pass, or several AR steps → the function that records the results."""
-        model = self.model
-        if model is None or not _is_own(model, "extend") or not _fits(scheduled):
+    def launch_context(self, towers: Towers, scheduled: Sequence[ScheduledTokens]) -> CollectEvents | None:
+        """Launches one context pass, or several AR steps → the function that records the results.
+
+        towers: the model with the denoiser of these sequences, here and in the other methods.
+        """
+        model = self._model(towers, "extend")
+        if model is None or not _fits(scheduled):
             return None
         if all(entry.sequence.phase is Phase.STEP for entry in scheduled):
             return self._launch_steps(model, scheduled)
@@ -148,10 +148,10 @@ class CompiledPasses:
 
     # --- the denoiser ---------------------------------------------------------------------------------------------
 
-    def fills(self, sequences: Sequence[RunningSequence]) -> bool:
+    def fills(self, towers: Towers, sequences: Sequence[RunningSequence]) -> bool:
         """Whether `launch_blocks` supports these sequences; it may still return None."""
-        model = self.model
-        if model is None or model.denoiser is None or not _is_own(model, "denoise"):
+        model = self._model(towers, "denoise")
+        if model is None or model.denoiser is None:
             return False
         choices = model.config.denoiser
         if choices.prediction_shift or choices.block_attention != "full":
@@ -162,13 +162,14 @@ class CompiledPasses:
         )
 
     def launch_blocks(
-        self, sequences: Sequence[RunningSequence], opening: Sequence[RunningSequence]
+        self, towers: Towers, sequences: Sequence[RunningSequence], opening: Sequence[RunningSequence]
     ) -> PendingDenoise | None:
         """Launches passes over blocks, until one is finished, and opens those of `opening`."""
-        model, blocks, first = self.model, self.blocks, sequences[0]
+        model, blocks, first = self._model(towers, "denoise"), self.blocks, sequences[0]
         assert model is not None
         assert model.denoiser is not None
-        modulations = self._modulations.of(model.time, {s.params.block_size for s in sequences}, blocks.dtype)
+        known = self._modulations.setdefault(first.denoiser, Modulations())
+        modulations = known.of(model.time, {s.params.block_size for s in sequences}, blocks.dtype)
         width = first.params.block_size if first.deterministic else blocks.size
         shape = PassShape(len(sequences), width, self.state.dtype, True, model.time is not None, False, False)
         lent = None if modulations is None else self._pass_of(model.denoiser, shape, sequences)
@@ -205,6 +206,10 @@ class CompiledPasses:
         return PendingDenoise(list(sequences), [s.blocks_opened for s in sequences], steps, {}, results)
 
     # --- both -----------------------------------------------------------------------------------------------------
+
+    def _model(self, towers: Towers, method: str) -> TwoTowerModel | None:
+        """The model, if compiled passes can stand in the place of its method."""
+        return towers if self.usable and isinstance(towers, TwoTowerModel) and _is_own(towers, method) else None
 
     def _pass_of(
         self, tower: Tower, shape: PassShape, sequences: Sequence[RunningSequence], steps: int = 1

@@ -35,7 +35,7 @@ from twotower.engine.oom import out_of_memory, split_on_oom
 from twotower.engine.recovery import Recovery
 from twotower.engine.rounds import Rounds
 from twotower.engine.row_constants import RowConstants
-from twotower.engine.scheduled import Item, ScheduledTokens, passes
+from twotower.engine.scheduled import Item, ScheduledTokens, denoiser_of, passes
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
 from twotower.engine.sequence import Phase, RunningSequence, charge
 from twotower.engine.slots import slots_of
@@ -69,15 +69,14 @@ class EngineCore:
         self.prefixes = PrefixCache(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.has_denoiser else None
         self.two_devices = isinstance(self.reader, Replica)
-        device = model.device if model.denoiser is None else model.denoiser.device
+        device, dtype = model.denoiser_device, accumulation_dtype(model.dtype)
         self.async_scheduling = device.type == "cuda" and not options.lockstep  # a CPU pass is complete at its launch
-        dtype = accumulation_dtype(model.dtype)
         self.constants = RowConstants(rows, model.device, dtype)
         there = RowConstants(rows, device, dtype) if self.two_devices else self.constants
-        self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
+        self.blocks = OpenBlocks(there, block_size, options.step_callback, dtype)
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
         usable = not (self.two_devices or self.async_scheduling or options.lockstep)
-        self.compiled = CompiledPasses(model, self.state, self.blocks, self.scheduler, usable)
+        self.compiled = CompiledPasses(self.state, self.blocks, self.scheduler, usable)
         self.rounds = Rounds(self.scheduler, options, model.spec.original_length)
         constants = [self.constants, there] if self.two_devices else [self.constants]
         self.admitter = Admitter(model, options, self.state, self.prefixes, constants, self.scheduler, block_size)
@@ -188,7 +187,8 @@ class EngineCore:
         if sequence is not None and isinstance(sequence.error, NonFiniteLogitsError):
             self.prefixes.clear()  # may hold values of the same passes
         if sequence is not None and sequence.params.mode == AUTO and event.result is not None:
-            self.model.workspace.mode_chooser.recent.add_outputs([event.result], sequence.params.block_size)
+            workspace = self._model_of([sequence]).workspace
+            workspace.mode_chooser.recent.add_outputs([event.result], sequence.params.block_size)
 
     # --- the context tower ----------------------------------------------------------------------------------------
 
@@ -199,11 +199,11 @@ class EngineCore:
 
     def _launch_scheduled(self, scheduled: Sequence[ScheduledTokens]) -> list[Collect]:
         """Launches one pass of the context tower."""
-        sequences = [entry.sequence for entry in scheduled]
+        model, sequences = self._model_of(scheduled), [entry.sequence for entry in scheduled]
         started = time.perf_counter()
-        record = self.compiled.launch_context(scheduled)
+        record = self.compiled.launch_context(model, scheduled)
         if record is None:
-            pending = context_step.launch(self.model, self.state, self.constants, scheduled)
+            pending = context_step.launch(model, self.state, self.constants, scheduled)
             record = partial(context_step.collect, pending)
         charge(sequences, started)
 
@@ -263,9 +263,6 @@ class EngineCore:
             opening = sorted(self.rounds.opening, key=lambda sequence: sequence.slot)
             if opening and self.two_devices and self.options.lockstep:
                 self._view(opening)  # before the callback: between two calls no data crosses
-            if not self.compiled.fills(sequences):
-                self.blocks.open(opening)
-                self.rounds.opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
         overlap = self.async_scheduling and self.scheduler.alone is None
         if overlap and any(sequence.needs_denoiser for sequence in sequences):
@@ -275,15 +272,16 @@ class EngineCore:
         return launched
 
     def _launch_blocks(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
-        started = time.perf_counter()
+        started, model = time.perf_counter(), self._model_of(sequences)
         opening = [sequence for sequence in sequences if sequence in self.rounds.opening]
-        pending = self.compiled.launch_blocks(sequences, opening) if self.compiled.fills(sequences) else None
+        fills = self.compiled.fills(model, sequences)
+        pending = self.compiled.launch_blocks(model, sequences, opening) if fills else None
         if pending is None:
             self.blocks.open(opening)
         self.rounds.opening = [sequence for sequence in self.rounds.opening if sequence not in opening]
         if pending is None:
             view = self._view(sequences)
-            pending = self.blocks.launch(sequences, view, self.async_scheduling, not self.options.raise_errors)
+            pending = self.blocks.launch(model, sequences, view, self.async_scheduling, not self.options.raise_errors)
         charge(sequences, started)
 
         def collect() -> list[Event]:
@@ -305,9 +303,14 @@ class EngineCore:
 
     def _launch_pending(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
         """Launches the denoiser pass over pending tokens."""
-        pending = denoiser_ar.launch(self.model, self.blocks.constants, sequences, self._view(sequences))
+        model, view = self._model_of(sequences), self._view(sequences)
+        pending = denoiser_ar.launch(model, self.blocks.constants, sequences, view)
         self.blocks.passes += 1
         return [lambda: denoiser_ar.collect(sequences, pending)]
+
+    def _model_of(self, items: Sequence[Item]) -> Towers:
+        """The model with the denoiser of a part of a pass."""
+        return self.admitter.models[denoiser_of(items)]
 
     def _view(self, sequences: Sequence[RunningSequence]) -> ContextView:
         """The denoiser's view of the sequences' texts. New parts are copied to its device."""

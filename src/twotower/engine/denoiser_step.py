@@ -24,7 +24,7 @@ from twotower.engine.commit import commit_rows
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of, stored
-from twotower.engine.towers import Towers, block_rule
+from twotower.engine.towers import Towers
 from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
 # Called as callback(step, steps, block, t=, logits=, block_idx=): see `TwoTowerForCausalLM.generate_mask_diffusion`.
@@ -38,13 +38,8 @@ class OpenBlocks:
     every block and every pass; the blocks must then run in lockstep. passes: denoiser passes so far.
     """
 
-    def __init__(
-        self, model: Towers, constants: RowConstants, size: int, callback: StepCallback | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, constants: RowConstants, size: int, callback: StepCallback | None, dtype: torch.dtype) -> None:
         rows, device = constants.rows, constants.device
-        self.model = model
-        self.shift = block_rule(model).shift
-        self.prefix_causal = model.config.denoiser.block_attention == "prefix_causal"
         self.constants = constants
         self.size = size
         self.callback = callback
@@ -87,14 +82,15 @@ class OpenBlocks:
             self.callback(0, first.max_passes, tokens.clone(), t=1.0, logits=None, block_idx=first.output.blocks)
 
     def launch(
-        self, sequences: Sequence[RunningSequence], view: ContextView, may_be_done: bool, catch: bool
+        self, model: Towers, sequences: Sequence[RunningSequence], view: ContextView, may_be_done: bool, catch: bool
     ) -> PendingDenoise:
         """Launches a denoiser pass over the sequences' blocks. Outputs 0 … L − 1 − shift predict inputs shift … L − 1.
 
-        may_be_done: a pass that is not collected yet may have finished blocks. catch: an exception of a commit policy
-        ends its own sequence; otherwise the exception is raised.
+        model: with the denoiser of all these sequences. may_be_done: a pass that is not collected yet may have finished
+        blocks. catch: an exception of a commit policy ends its own sequence; otherwise the exception is raised.
         """
         constants, slots = self.constants, slots_of(sequences, self.constants.rows, self.device)
+        shift = sequences[0].block_rule.shift
         width = sequences[0].params.block_size if sequences[0].params.deterministic else self.size
         tokens, masked = at(self.tokens, slots)[:, :width], at(self.masked, slots)[:, :width]
         step = at(self.step, slots)
@@ -104,28 +100,30 @@ class OpenBlocks:
             lengths = sizes[:, 0] * masked.any(1)
         elif any(sequence.params.block_size < width for sequence in sequences):
             lengths = sizes[:, 0]
-        t = noise_level(masked.sum(1).to(self.dtype), sizes[:, 0], self.shift)
-        denoise = self.model.denoise
-        if self.prefix_causal:  # requests may have other mask tokens than the model
+        t = noise_level(masked.sum(1).to(self.dtype), sizes[:, 0], shift)
+        denoise = model.denoise
+        if (
+            model.config.denoiser.block_attention == "prefix_causal"
+        ):  # requests may have other mask tokens than the model
             denoise = partial(denoise, prefix=(~masked).long().cumprod(1).sum(1))
         logits = denoise(tokens, t, view, lengths=lengths, upcast_logits=False)
         if self.callback is not None:
             self._tell(sequences[0], tokens, t, logits)
-        logits = logits[:, : width - self.shift]
+        logits = logits[:, : width - shift]
         _bar_mask_token(sequences, logits, constants, slots)
 
         def keys() -> NoiseKeys:
-            positions = view.lengths[:, None] + torch.arange(self.shift, width, device=self.device)
+            positions = view.lengths[:, None] + torch.arange(shift, width, device=self.device)
             purpose = at(constants.purpose, slots)
             noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
             return NoiseKeys(at(constants.seeds, slots), positions, purpose, noise_step)
 
         candidate, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
         values = at(constants.policy_value, slots)
-        seen = Pass(logits, candidate, sure, masked[:, self.shift :], step, steps)
+        seen = Pass(logits, candidate, sure, masked[:, shift:], step, steps)
         chosen, memories, errors = commit_rows(sequences, seen, values, catch)
-        if self.shift:  # no output predicts the first input
-            candidate, sure, chosen = (F.pad(part, (self.shift, 0)) for part in (candidate, sure, chosen))
+        if shift:  # no output predicts the first input
+            candidate, sure, chosen = (F.pad(part, (shift, 0)) for part in (candidate, sure, chosen))
         tokens, masked = torch.where(chosen, candidate, tokens), masked & ~chosen
         committed_at = torch.where(chosen, step, at(self.committed_at, slots)[:, :width])
         confidence = torch.where(chosen, sure, at(self.confidence, slots)[:, :width])

@@ -24,7 +24,7 @@ from twotower.engine.engine_options import EngineOptions
 from twotower.engine.llm import LLM, STREAM_SECONDS
 from twotower.engine.mode_choice import resolve
 from twotower.engine.sequence import Request
-from twotower.engine.towers import Towers
+from twotower.engine.towers import Towers, model_for
 from twotower.errors import ArgumentError, NonFiniteLogitsError
 
 
@@ -196,7 +196,7 @@ def _events(
 def _update_mode_chooser(model: Towers, asked: GenerationParams, results: Sequence[Generation]) -> None:
     """Updates the averages of mode "auto" with the results of a batch."""
     if asked.mode == AUTO:
-        model.workspace.mode_chooser.recent.add_outputs(results, asked.block_size)
+        model_for(model, asked).workspace.mode_chooser.recent.add_outputs(results, asked.block_size)
 
 
 def _pad_token(model: Towers) -> int:

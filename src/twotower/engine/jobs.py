@@ -41,6 +41,7 @@ LINE_FIELDS = (
     "draft_steps",
     "acceptance",
     "deterministic",
+    "denoiser",
 )
 MAX_LINE_BYTES = 2**24  # of a line of input; what is beyond is not kept in memory
 QUEUED_PER_ROW = 4  # requests in the engine for each of its rows: a slow one delays the file, not the other requests

@@ -20,7 +20,7 @@ from twotower.engine.core import EngineCore
 from twotower.engine.engine_options import EngineOptions, check_options
 from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
-from twotower.engine.towers import Towers
+from twotower.engine.towers import Towers, model_for
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.model.tower import steady_weights
 
@@ -146,6 +146,7 @@ class LLM:
         if not isinstance(request, Request):
             raise ArgumentError(f"request is a {type(request).__name__}; give a Request", param="request")
         core = self.core
+        check_options(model_for(self.model, request.params), core.options)
         admission.check(self.model, request, self.length, core.blocks.size, core.state.kv_slots.total)
 
     def abort(self, number: int) -> None:

@@ -12,7 +12,7 @@ from twotower.decoding.auto_mode import Costs
 from twotower.decoding.draft_controller import round_up_to_power_of_two
 from twotower.decoding.modes import AUTO
 from twotower.decoding.params import GenerationParams
-from twotower.engine.towers import Towers, block_rule
+from twotower.engine.towers import Towers, block_rule, denoiser_name, model_for
 
 CONTEXT = 64  # tokens before the passes that are timed
 REPEATS = 3
@@ -22,6 +22,7 @@ def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[Generat
     """Returns parameters with a definite mode, and the reason ("" if the mode was given). rows: rows of the batch."""
     if params.mode != AUTO:
         return params, ""
+    model, params = model_for(model, params), replace(params, denoiser=denoiser_name(model, params))
     if block_rule(model).one_pass:
         return replace(params, mode="verified"), "the denoiser is adapters: a pass checks a draft and makes the next"
     if not model.has_denoiser:

@@ -28,7 +28,7 @@ def can_run_in_lockstep(one: GenerationParams, other: GenerationParams) -> bool:
     sizes = [
         (params.mode, params.block_size, params.steps_per_block, params.fixed_draft_depth) for params in (one, other)
     ]
-    return sizes[0] == sizes[1] and one.mode != AUTO
+    return sizes[0] == sizes[1] and one.mode != AUTO and one.denoiser == other.denoiser
 
 
 class Rounds:

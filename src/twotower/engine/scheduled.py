@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from twotower.engine.sequence import RunningSequence
+from twotower.engine.sequence import Phase, RunningSequence
 
 
 @dataclass(eq=False, slots=True)
@@ -32,6 +32,12 @@ class ScheduledTokens:
         return len(self.tokens) + self.masks
 
     @property
+    def denoiser(self) -> str | None:
+        """The name of the denoiser whose adapters act at the masks; None: no masks, or the model has one denoiser."""
+        drafts = self.sequence.one_pass and self.sequence.phase is Phase.CHECK
+        return self.sequence.denoiser if drafts else None
+
+    @property
     def deterministic(self) -> bool:
         """Whether no pass may hold another sequence beside this one."""
         return self.sequence.deterministic
@@ -45,10 +51,22 @@ class ScheduledTokens:
 Item = TypeVar("Item", ScheduledTokens, RunningSequence)
 
 
+def denoiser_of(items: Sequence[Item]) -> str | None:
+    """The name of the denoiser of a part; None: none is needed."""
+    return next((item.denoiser for item in items if item.denoiser is not None), None)
+
+
 def passes(items: Sequence[Item]) -> list[Sequence[Item]]:
-    """The items of each pass: every deterministic one has a pass of its own, the others share one."""
+    """The items of each pass: every deterministic one has a pass of its own, the others share one for each denoiser.
+
+    Items that the model with any denoiser can read join the first pass of several.
+    """
     together = [item for item in items if not item.deterministic]
     parts: list[Sequence[Item]] = [[item] for item in items if item.deterministic]
-    if together:
-        parts.append(together)
-    return parts
+    names = dict.fromkeys(item.denoiser for item in together if item.denoiser is not None)
+    if len(names) < 2:
+        if together:
+            parts.append(together)
+        return parts
+    first = next(iter(names))
+    return parts + [[item for item in together if (item.denoiser or first) == name] for name in names]

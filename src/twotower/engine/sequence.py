@@ -100,8 +100,9 @@ class RunningSequence:
     room: new tokens that may still follow in this round. max_passes: denoising passes of this round (0: none).
     passes_launched: those launched for the open block. blocks_opened: blocks so far.
     visible_length: text tokens in the denoiser's view (−1: no view of this text yet).
-    block_rule: of the model. draft: with `one_pass`, the next draft, after the pending token. masks: mask tokens of the
-    pass; drafting: whether a pass may have masks.
+    block_rule: of the denoiser. denoiser: its name, if the model has several and the mode uses one. draft: with
+    `one_pass`, the next draft, after the pending token. masks: mask tokens of the pass; drafting: whether a pass may
+    have masks.
     planner, width: in verified decoding, the rule that chooses the draft and the width of the next pass, and that width
     (0: not planned yet).
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
@@ -121,6 +122,7 @@ class RunningSequence:
     controller: DraftController
     matcher: Matcher | None = None
     block_rule: BlockRule = RELEASED
+    denoiser: str | None = None
     draft: list[int] = field(default_factory=list)
     width: int = 0
     masks: int = 0
@@ -163,12 +165,20 @@ class RunningSequence:
 
     @classmethod
     def of(
-        cls, request: Request, output: SequenceOutput, slot: int, controller: DraftController, block_rule: BlockRule
+        cls,
+        request: Request,
+        output: SequenceOutput,
+        slot: int,
+        controller: DraftController,
+        block_rule: BlockRule,
+        denoiser: str | None = None,
     ) -> RunningSequence:
-        """The sequence of a request. block_rule: see the class."""
+        """The sequence of a request. block_rule, denoiser: see the class."""
         (policy,), (policy_value,) = request.params.row_policies(1)
         (seed,) = request.params.row_seeds(1)
-        return cls(request, output, slot, seed, policy, policy_value, controller, _matcher(request), block_rule)
+        return cls(
+            request, output, slot, seed, policy, policy_value, controller, _matcher(request), block_rule, denoiser
+        )
 
     def restarted(self) -> RunningSequence:
         """The sequence from its first token, which keeps the new tokens that events have delivered."""
@@ -179,7 +189,13 @@ class RunningSequence:
             matcher.take(tokens)
         facts = self.request, self.output, self.slot, self.seed, self.policy, self.policy_value, self.controller
         return RunningSequence(
-            *facts, matcher, self.block_rule, written=tuple(tokens), strikes=self.strikes, trial_end=self.trial_end
+            *facts,
+            matcher,
+            self.block_rule,
+            self.denoiser,
+            written=tuple(tokens),
+            strikes=self.strikes,
+            trial_end=self.trial_end,
         )
 
     @property

@@ -13,7 +13,9 @@ from twotower.cache.replica import ContextReader
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.config import TwoTowerConfig
 from twotower.decoding.block_rule import RELEASED, BlockRule
+from twotower.decoding.params import GenerationParams
 from twotower.engine.workspace import Workspace
+from twotower.errors import ArgumentError
 from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
 
@@ -54,7 +56,14 @@ class Towers(Protocol):
 
     @property
     def has_denoiser(self) -> bool:
-        """Whether there is a denoiser: a tower, or adapters."""
+        """Whether there is a denoiser: a tower, adapters, or several."""
+
+    @property
+    def denoiser_device(self) -> torch.device:
+        """The device of the denoiser towers."""
+
+    def with_denoiser(self, name: str) -> Towers:
+        """The model with one of several denoisers alone, which shares the weights."""
 
     @property
     def has_adapters(self) -> bool:
@@ -101,6 +110,38 @@ class Towers(Protocol):
     ) -> Tensor: ...
 
 
+def denoiser_name(model: Towers, params: GenerationParams) -> str | None:
+    """The name of the denoiser that a request uses: the one it names, else that of its mode.
+
+    None: the model has a single one, or the mode uses none.
+
+    Raises:
+        ArgumentError: the model has no denoiser of this name, or a single one.
+    """
+    several, name = model.config.denoisers, params.denoiser
+    if several is None:
+        if name is not None:
+            raise ArgumentError(
+                f"denoiser is {name!r}, and this model has one denoiser, without a name; leave it out", param="denoiser"
+            )
+        return None
+    if name is not None:
+        several.check_known(name)
+    return None if params.mode == "ar" else name or several.of_mode(params.mode)
+
+
+def model_for(model: Towers, params: GenerationParams) -> Towers:
+    """The model with the one denoiser that a request uses; see `denoiser_name`."""
+    name = denoiser_name(model, params)
+    return model if name is None or not model.has_denoiser else model.with_denoiser(name)
+
+
+def model_of_mode(model: Towers, mode: str, denoiser: str | None = None) -> Towers:
+    """The model with the one denoiser of this name, else of a mode."""
+    return model_for(model, GenerationParams.of(mode=mode, denoiser=denoiser))
+
+
 def block_rule(model: Towers) -> BlockRule:
-    """The rule of the model's blocks."""
-    return BlockRule.of(model.config.denoiser) if model.has_denoiser else RELEASED
+    """The rule of the blocks of a model with one denoiser; as released if the denoiser is not known, or not there."""
+    known = model.has_denoiser and model.config.denoisers is None
+    return BlockRule.of(model.config.denoiser) if known else RELEASED

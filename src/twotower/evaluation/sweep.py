@@ -19,6 +19,8 @@ from twotower.evaluation.tasks.problem_sets import Problem
 from twotower.evaluation.tasks.scoring import OVERALL
 from twotower.file_writes import replace_text
 from twotower.json_text import to_json
+from twotower.model.adapters import MaskEmbedding
+from twotower.model.norm import RMSNorm
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # All policies over their useful ranges. The other constants: block sizes, acceptances and draft depths of `grid`.
@@ -210,7 +212,10 @@ def read_points(path: Path) -> tuple[str, list[Point]]:
 
 def fingerprint(model: TwoTowerForCausalLM) -> str:
     """Hash of both final norms' weights, or of the mask embedding of adapters, which every training changes."""
-    parts = [model.context.norm_f, model.context.mask_embedding if model.denoiser is None else model.denoiser.norm_f]
+    several = model.config.denoisers
+    parts: list[RMSNorm | MaskEmbedding | None] = [model.context.norm_f]
+    for one in [model] if several is None else [model.with_denoiser(name) for name in several.names]:
+        parts.append(one.context.mask_embedding if one.denoiser is None else one.denoiser.norm_f)
     data = b"".join(part.weight.detach().double().cpu().numpy().tobytes() for part in parts if part is not None)
     return hashlib.sha256(data).hexdigest()[:16]
 

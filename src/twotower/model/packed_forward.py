@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache, ParallelCache
+from twotower.errors import ArgumentError
 from twotower.model.adapters import adapting
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
@@ -134,3 +135,25 @@ def sequence_pass(tower: Tower, tokens: Tensor, token_mask: Tensor) -> Tensor:
     pad = (0, -length % chunk)
     layout = Layout(F.pad(token_mask.long() - 1, pad, value=-1), chunk)
     return context_pass(tower, F.pad(tokens, pad), layout)[:, :length]
+
+
+def causal_lm(
+    tower: Tower, tokens: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A tower over whole sequences (B, S) → logits (B, S, V) in at least fp32, and the AR loss if there are labels.
+
+    attention_mask: (B, S), 0 at padding; None: none. labels: (B, S); −100 is ignored.
+
+    Raises:
+        ArgumentError: another shape than that of the tokens.
+    """
+    for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+        if given is not None and given.shape != tokens.shape:
+            raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(tokens.shape)}")
+    tokens = tokens.to(tower.device)
+    mask = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tower.device)
+    logits = tower.logits(sequence_pass(tower, tokens, mask.bool()))
+    if labels is None:
+        return logits, None
+    targets = labels[:, 1:].to(tower.device).flatten()
+    return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)

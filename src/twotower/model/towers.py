@@ -18,11 +18,12 @@ from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, R
 from twotower.cache.sliding_window import prefill_limit
 from twotower.cache.state_caches import caches_of
 from twotower.config import TwoTowerConfig
-from twotower.errors import ArgumentError, ConfigError, TwoTowerError
+from twotower.errors import ArgumentError, TwoTowerError
 from twotower.families import tower_spec
 from twotower.families.denoiser import denoiser_of
 from twotower.model import long_rope
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.denoisers import Views, add_adapters, check_one_device, parts_of, several_denoisers
 from twotower.model.draft_head import DraftHead
 from twotower.model.fp32_tensors import preserving_fp32
 from twotower.model.layer_io import AttentionMetadata
@@ -30,18 +31,8 @@ from twotower.model.tower import Tower
 from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
 
-
-def check_one_device(context: str | torch.device, denoiser: str | torch.device) -> None:
-    """Raises ArgumentError if the devices of a model with adapters differ."""
-    if torch.device(context) != torch.device(denoiser):
-        raise ArgumentError(
-            f"denoiser device is {denoiser} and context device {context}, and this model's denoiser is adapters on the "
-            "context tower; give one device",
-            param="denoiser_device",
-        )
-
-
 TowerSet = Literal["both", "context"]
+NO_DENOISER = 'the model was loaded with towers="context" and has no denoiser; load it with towers="both"'
 PREFILL_CHUNK = 512  # prompt tokens of one pass, where no runner prefers another number
 
 
@@ -49,7 +40,8 @@ class TwoTowerModel(nn.Module):
     """A frozen autoregressive context tower and a denoiser tower, which reads the caches of the same context layers.
 
     `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory. With
-    `config.denoiser.adapters`, the denoiser is the context tower with adapters, and there is no second tower.
+    `config.denoiser.adapters`, the denoiser is the context tower with adapters, and there is no second tower. With
+    `config.denoisers`, `denoisers` has the parts of several, in the order of their names.
     """
 
     config: TwoTowerConfig
@@ -65,34 +57,47 @@ class TwoTowerModel(nn.Module):
         """Builds the modules, with random weights unless they are on the meta device; part of `__init__`."""
         spec = tower_spec(config)
         self.context = Tower(spec)
-        full = towers == "both" and config.denoiser.adapters is None
-        own = denoiser_of(config, spec)
+        full = towers == "both" and config.denoisers is None and config.denoiser.adapters is None
+        own = denoiser_of(config, spec) if config.denoisers is None else spec
         self.denoiser = Tower(own) if full else None
         self.time = TimeConditioning(own.hidden_size, own.num_layers) if full else None
-        if towers == "both" and config.denoiser.adapters is not None:
-            if spec.original_length is not None:
-                raise ConfigError(
-                    "config: adapters are not supported with LongRoPE, whose rotary embedding depends on the length of "
-                    "the text; make a denoiser tower: twotower init without --denoiser-lora"
-                )
-            head = config.denoiser.draft_head
-            rank = None if head is None else head.rank
-            self.context.add_adapters(config.denoiser.adapters.rank, config.mask_token, rank)
+        self.denoisers, self._views = several_denoisers(config, self.context, towers == "both"), Views()
+        if towers == "both" and config.denoisers is None and config.denoiser.adapters is not None:
+            add_adapters(self.context, config)
         self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
             self.reset_parameters()
         self._apply(lambda tensor: tensor)  # upcasts the fp32 tensors if the default dtype is narrower
 
+    def with_denoiser(self, name: str) -> Self:
+        """The model with one of its denoisers alone. It shares the weights, and is kept until modules change.
+
+        Raises:
+            ArgumentError: the model has no denoiser of this name, or a single one.
+        """
+        several = self.config.denoisers
+        if several is None:
+            raise ArgumentError(
+                f"denoiser is {name!r}, and this model has one denoiser, without a name; leave it out", param="denoiser"
+            )
+        several.check_known(name)
+        if not self.denoisers:
+            raise TwoTowerError(NO_DENOISER)
+        return self._views.of(self, name)
+
     def towers(self) -> Iterator[Tower]:
-        """The context tower, then the denoiser tower if the model has one."""
+        """The context tower, then the denoiser towers that the model has."""
         yield self.context
-        if self.denoiser is not None:
-            yield self.denoiser
+        for tower in (self.denoiser, *(part.denoiser for part in parts_of(self.denoisers))):
+            if tower is not None:
+                yield tower
 
     def reset_parameters(self) -> None:
         """Sets random weights, and the identity as time conditioning."""
         for tower in self.towers():
             tower.reset_parameters()
+        for part in parts_of(self.denoisers):
+            part.reset_adapters(self.spec.initializer_range)
 
     @property
     def has_adapters(self) -> bool:
@@ -106,8 +111,8 @@ class TwoTowerModel(nn.Module):
 
     @property
     def has_denoiser(self) -> bool:
-        """Whether the model has a denoiser: a tower, or adapters."""
-        return self.denoiser is not None or self.has_adapters
+        """Whether the model has a denoiser: a tower, adapters, or several."""
+        return self.denoiser is not None or self.has_adapters or len(self.denoisers) > 0
 
     # --- devices and dtype ---------------------------------------------------------------------------------------
 
@@ -115,6 +120,11 @@ class TwoTowerModel(nn.Module):
     def device(self) -> torch.device:
         """The context tower's device."""
         return self.context.device
+
+    @property
+    def denoiser_device(self) -> torch.device:
+        """The device of denoisers: that of the denoiser towers, else that of the context tower."""
+        return list(self.towers())[-1].device
 
     @property
     def spec(self) -> TowerSpec:
@@ -135,6 +145,7 @@ class TwoTowerModel(nn.Module):
         """Frees the data that the runners have prepared; they prepare it again on demand."""
         for tower in self.towers():
             tower.release()
+        self._views.release()
 
     def place_towers_on_devices(
         self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
@@ -144,12 +155,13 @@ class TwoTowerModel(nn.Module):
         Raises:
             ArgumentError: the devices differ, and the denoiser is adapters on the context tower.
         """
-        if self.has_adapters:
+        parts = parts_of(self.denoisers)
+        if self.has_adapters or any(part.context is not None for part in parts):
             check_one_device(ctx_device, den_device)
         self.context.to(ctx_device)
-        if self.denoiser is not None and self.time is not None:
-            self.denoiser.to(den_device)
-            self.time.to(den_device)
+        for module in (self.denoiser, self.time, *parts):
+            if module is not None:
+                module.to(den_device)
         self.release()
         return self
 
@@ -174,10 +186,12 @@ class TwoTowerModel(nn.Module):
 
     def reader(self, state: TowerState) -> ContextReader:
         """The denoiser's access to `state`: in place, or through a replica on the denoiser's device."""
-        denoiser = self._denoiser()
-        if self.transfer is None and denoiser.device == self.context.device:
+        own = [tower.spec for tower in self.towers()][1:] if self.denoisers else [self._denoiser().spec]
+        device, places = self.denoiser_device, [spec.counterparts for spec in own or [self.spec]]
+        if self.transfer is None and device == self.context.device:
             return LocalReader(state)
-        return Replica(state, denoiser.device, self.transfer or DeviceTransfer(), denoiser.spec.counterparts)
+        layers = None if None in places else sorted({place for each in places for place in each or ()})
+        return Replica(state, device, self.transfer or DeviceTransfer(), layers)
 
     @property
     def prefill_chunk(self) -> int:
@@ -306,9 +320,7 @@ class TwoTowerModel(nn.Module):
         if self.has_adapters:
             return self.context
         if self.denoiser is None:
-            raise TwoTowerError(
-                'the model was loaded with towers="context" and has no denoiser; load it with towers="both"'
-            )
+            raise TwoTowerError(NO_DENOISER) if self.config.denoisers is None else self.config.denoisers.ambiguous()
         return self.denoiser
 
 

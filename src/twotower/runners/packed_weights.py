@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower import options
+from twotower.model.adapters import LowRank
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.moe import Experts
 from twotower.ops.cpu import huge_pages, kernels
@@ -24,10 +25,17 @@ MAX_MEMORY_FRACTION = 0.5  # of the free memory, for packing without a request
 
 
 def packable_weights(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
-    """The weights that packing speeds up, each with the holder of its packed copy, in the order of a pass."""
+    """The weights that packing speeds up, each with the holder of its packed copy, in the order of a pass.
+
+    Adapters of several denoisers, which lie beside the linear layers, follow them.
+    """
+    beside_a_weight: set[nn.Module] = set()
     for module in model.modules():
         adapter = module.adapter if isinstance(module, Linear | Int8Linear | Int4Linear) else None
+        if isinstance(module, LowRank) and module not in beside_a_weight:
+            yield from ((module.a, module.packed_a), (module.b, module.packed_b))
         if adapter is not None:
+            beside_a_weight.add(adapter)
             yield adapter.a, adapter.packed_a
         if isinstance(module, Linear | TiedHead):
             yield module.weight, module.packed

@@ -8,6 +8,7 @@ from twotower.server.service import Service
 
 def model_card(service: Service) -> ModelCard:
     """The model card of the served model."""
+    several = service.model.config.denoisers if service.model.has_denoiser else None
     modes = ["diffusion", "verified", "ar", "auto", "mock_ar"] if service.model.has_denoiser else ["ar"]
     return ModelCard(
         id=service.settings.name,
@@ -18,4 +19,5 @@ def model_card(service: Service) -> ModelCard:
         default_mode=str(service.settings.decoding["mode"]),
         block_size=service.engine.stats.max_block_size,
         mask_token_id=service.model.config.mask_token,
+        denoisers={} if several is None else {name: several.modes_of(name) for name in several.names},
     )

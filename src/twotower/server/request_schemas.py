@@ -39,6 +39,7 @@ PARAMETER_OF_FIELD = {
     "draft_steps": "draft_steps",
     "acceptance": "acceptance",
     "deterministic": "deterministic",
+    "denoiser": "denoiser",
     "top_k": "top_k",
 }
 FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}
@@ -115,6 +116,11 @@ class BaseRequest(StrictModel):
     deterministic: bool | None = Field(
         None,
         description="Passes do not depend on measured times or other requests, so a seed repeats its text in bf16 too.",
+    )
+    denoiser: str | None = Field(
+        None,
+        max_length=MAX_NAME_LENGTH,
+        description="Name of the denoiser, of a model with several, which /v1/models names. Default: that of the mode.",
     )
     stream_denoising: bool = Field(False, description="Also send an event for every denoising pass, with the block.")
 

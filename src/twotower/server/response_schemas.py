@@ -242,7 +242,10 @@ class ErrorBody(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A served model. max_model_len: maximum tokens of prompt and text; block_size: the largest allowed block."""
+    """A served model. max_model_len: maximum tokens of prompt and text; block_size: the largest allowed block.
+
+    denoisers: of a model with several, the modes that use each if a request names none; otherwise empty.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -253,6 +256,7 @@ class ModelCard(BaseModel):
     default_mode: str
     block_size: int
     mask_token_id: int
+    denoisers: dict[str, list[str]] = {}
 
 
 class ModelList(BaseModel):
