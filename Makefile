@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow test-clients browser check docs backbone-table clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow test-clients test-llamacpp browser check docs backbone-table clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -23,6 +23,18 @@ test-slow: .venv/.installed-smollm2 browser
 # Without node, the clients of npm are skipped.
 test-clients: .venv/.installed-dev
 	CLIENT_ENVIRONMENTS=build/clients $(BIN)/python -m pytest tests/clients
+
+# GGUF files in llama.cpp, which is built in build/llamacpp (minutes, with a C++ compiler). LLAMACPP_PYTHON=PYTHON uses a
+# Python that has the packages of tests/llamacpp/requirements.txt.
+LLAMACPP_PYTHON ?= $(CURDIR)/build/llamacpp/bin/python
+test-llamacpp: .venv/.installed-smollm2
+	@test -x "$(LLAMACPP_PYTHON)" || $(MAKE) build/llamacpp/bin/python
+	LLAMACPP_PYTHON="$(LLAMACPP_PYTHON)" $(BIN)/python -m pytest tests/llamacpp -s
+
+build/llamacpp/bin/python: tests/llamacpp/requirements.txt
+	$(PYTHON) -m venv build/llamacpp.partial
+	build/llamacpp.partial/bin/pip install --quiet --disable-pip-version-check -r tests/llamacpp/requirements.txt
+	@rm -rf build/llamacpp && mv build/llamacpp.partial build/llamacpp && touch $@
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.
 browser:

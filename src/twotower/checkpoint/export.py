@@ -23,13 +23,13 @@ from transformers import PretrainedConfig
 from twotower.checkpoint import names, one_tower, peft_adapters, reader, tokenizer_files
 from twotower.checkpoint.convert import counter
 from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
-from twotower.checkpoint.output_folder import CHECKPOINT, FolderKind, check_target, unfinished_folder
+from twotower.checkpoint.output_folder import CHECKPOINT, FolderKind, check_apart, check_target, unfinished_folder
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.stored_quantization import refuse_quantized
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
-from twotower.errors import ArgumentError, CheckpointError
+from twotower.errors import CheckpointError
 from twotower.families import family_of
 from twotower.json_text import JsonObject
 from twotower.model.towers import TwoTowerModel
@@ -174,8 +174,7 @@ def _origin(source: str | Path, directory: Path, overwrite: bool, kind: FolderKi
     """The directory of the source, if the output may be written."""
     target = check_target(directory, overwrite, kind)
     origin = resolve_source(source, {})
-    if origin.resolve() == target or target in origin.resolve().parents:
-        raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
+    check_apart(directory, target, origin)
     return origin
 
 

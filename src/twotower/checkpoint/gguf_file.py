@@ -215,11 +215,18 @@ class NameTable(Protocol):
     def __call__(self, key: str) -> str | None: ...
 
 
-def _open(path: Path) -> GGUFReader:
+def require_package() -> None:
+    """Raises TwoTowerError if the package `gguf` is not installed."""
     try:
-        from gguf import GGUFReader
+        import gguf  # noqa: F401
     except ModuleNotFoundError:
         raise TwoTowerError(f"a GGUF file needs the package `gguf`: {install_command('gguf')}") from None
+
+
+def _open(path: Path) -> GGUFReader:
+    require_package()
+    from gguf import GGUFReader
+
     _check_start(path)
     try:
         return GGUFReader(path)

@@ -75,6 +75,11 @@ def config_of(file: Metadata) -> TwoTowerConfig:
     values: JsonObject = {"hybrid_override_pattern": "".join(kinds[i] for i in range(layers))}
     for key, name in _KEYS.items():
         value = file.own(key)
+        if key == "expert_feed_forward_length" and isinstance(value, list) and len({*value} - {0}) > 1:
+            raise ConfigError(
+                f"{file.path}: layers have experts of different widths, as an export with MLPs beside experts has; "
+                "convert the original checkpoint"
+            )
         if isinstance(value, list):
             value = max(value, default=0)
         if isinstance(value, float):

@@ -59,6 +59,12 @@ def check_target(directory: Path, overwrite: bool, kind: FolderKind = CHECKPOINT
     return target
 
 
+def check_apart(directory: Path, target: Path, origin: Path) -> None:
+    """Raises ArgumentError if the directory of the output contains the source. target: as `check_target` returns it."""
+    if origin.resolve() == target or target in origin.resolve().parents:
+        raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
+
+
 @contextmanager
 def unfinished_folder(directory: Path, overwrite: bool, size: int, kind: FolderKind = CHECKPOINT) -> Iterator[Path]:
     """A temporary directory; it is renamed to `directory` on success and removed on failure.

@@ -8,16 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.cli.terminal import byte_bar
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
     from twotower.checkpoint.export import ExportResult
+    from twotower.checkpoint.gguf_export.export import FileDtype
     from twotower.checkpoint.join import JoinResult
 
-TARGETS = ("one-tower", "peft", "denoiser")
+TARGETS = ("one-tower", "gguf", "peft", "denoiser")
+FILE_DTYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+# Options → the targets that they are for.
+_TARGETS_OF = {
+    "base": ("peft",),
+    "file_dtype": ("gguf",),
+    "pre_tokenizer": ("gguf",),
+    "max_shard_size": ("one-tower", "denoiser"),
+}
 
 
 @click.command()
@@ -27,8 +38,8 @@ TARGETS = ("one-tower", "peft", "denoiser")
     "target",
     required=True,
     type=click.Choice(TARGETS),
-    help="one-tower: the autoregressive model that is the context tower, for transformers. peft: the adapters alone, "
-    "for twotower init --adapters and for peft. denoiser: the two-tower checkpoint with one of several denoisers.",
+    help="one-tower: the autoregressive model that is the context tower, for transformers. gguf: the same model for "
+    "llama.cpp, Ollama and LM Studio. peft: the adapters alone, for twotower init --adapters and for peft. denoiser: the two-tower checkpoint with one of several denoisers.",
 )
 @click.option(
     "-o",
@@ -45,24 +56,45 @@ TARGETS = ("one-tower", "peft", "denoiser")
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest size of one weights file."
 )
+@click.option(
+    "--dtype",
+    "file_dtype",
+    type=click.Choice(FILE_DTYPES),
+    default="f16",
+    show_default=True,
+    help="With gguf: the dtype of the matrices. Embedding and head have at least 8 bits; vectors stay in f32.",
+)
+@click.option(
+    "--pre-tokenizer",
+    metavar="NAME",
+    help="With gguf: llama.cpp's name of the tokenizer's pre-tokenizer, such as llama-bpe.  [default: recognised]",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the files in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.pass_context
 def export(
+    context: click.Context,
     model: str,
     target: str,
     output: Path,
     base: str | None,
     denoiser: str | None,
     max_shard_size: str,
+    file_dtype: FileDtype,
+    pre_tokenizer: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     """Write a two-tower checkpoint in the form of other programs.
 
-    MODEL is a two-tower checkpoint: a directory or a hub id. The target one-tower is the context tower alone, as the
-    autoregressive checkpoint that it came from: the tensors under their original names and bit for bit, the original
-    config.json, tokenizer, chat template and generation config. Tensors are copied one at a time, so a model of any
-    size needs little memory.
+    MODEL is a two-tower checkpoint: a directory, a hub id, or bundled/NAME. The target one-tower is the context tower
+    alone, as the autoregressive checkpoint that it came from: the tensors under their original names and bit for bit,
+    the original config.json, tokenizer, chat template and generation config. Tensors are copied one at a time, so a
+    model of any size needs little memory.
+
+    The target gguf writes the context tower, or an autoregressive checkpoint, as DIR/NAME-DTYPE.gguf with a Modelfile
+    for Ollama beside it. The tokenizer, its special tokens and the chat template are in the file. docs/integrations.md
+    has the families that llama.cpp runs.
 
     The target peft is for models whose denoiser is adapters. It writes them in PEFT's format, with the embedding of the
     mask token beside: a few MB that turn the autoregressive model into the two-tower model.
@@ -73,22 +105,32 @@ def export(
         raise ArgumentError(
             "--denoiser NAME and --to denoiser belong together; give both, or leave --denoiser out for another target"
         )
-    if target != "peft" and base is not None:
-        raise ArgumentError("--base is for --to peft; leave it out")
+    _check_options(context, target)
+    source = model_loading.source_of(model)
     with models.status("reading …"):
         from twotower.checkpoint.export import ExportResult, export_one_tower, export_peft
+        from twotower.checkpoint.gguf_export.export import export_gguf
         from twotower.checkpoint.join import export_denoiser
     made: ExportResult | JoinResult
     with byte_bar() as progress:
         if denoiser is not None:
             made = export_denoiser(
-                model, output, denoiser, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+                source, output, denoiser, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
             )
         elif target == "peft":
-            made = export_peft(model, output, base=base, overwrite=overwrite, progress=progress)
+            made = export_peft(source, output, base=base, overwrite=overwrite, progress=progress)
+        elif target == "gguf":
+            made = export_gguf(
+                source,
+                output,
+                dtype=file_dtype,
+                pre_tokenizer=pre_tokenizer,
+                overwrite=overwrite,
+                progress=progress,
+            )
         else:
             made = export_one_tower(
-                model, output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+                source, output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
             )
     for note in made.notes:
         click.echo(f"Note: {note}.", err=True)
@@ -97,6 +139,14 @@ def export(
         return
     for line in summary(made) if isinstance(made, ExportResult) else join_summary(made):
         click.echo(line)
+
+
+def _check_options(context: click.Context, target: str) -> None:
+    """Raises ArgumentError if an option of another target is given."""
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name, targets in _TARGETS_OF.items():
+        if target not in targets and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise ArgumentError(f"{names[name]} is for --to {' and '.join(targets)}; leave it out")
 
 
 def summary(made: ExportResult) -> Iterator[str]:
