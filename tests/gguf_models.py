@@ -25,7 +25,7 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
         for name in (
             "llama", "llama:biases", "llama:llama3", "llama:yarn", "mistral", "qwen2", "qwen3", "smollm3", "phi3",
             "phi3:longrope", "gemma", "olmo2", "olmo3", "granite", "granite:biases", "mixtral", "qwen2_moe",
-            "granitemoehybrid", "mamba2",
+            "granitemoehybrid", "mamba2", "falcon_h1",
         )
     },
     "gemma2": ("gemma2", SHAPES["gemma2"] | {"query_pre_attn_scalar": 16}),
@@ -46,6 +46,10 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
         "layer_types": ["full_attention"] * 4, "position_embedding_type": "rope"}),
     "bamba": ("bamba", {**MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1]}),
     "mamba2, tied": ("mamba2", {**MAMBA_ALONE, "tie_word_embeddings": True}),
+    "falcon_h1, norm": ("falcon_h1", {
+        **MAMBA, "mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mlp_bias": True,
+        "tie_word_embeddings": True, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "nemotron_h": ("nemotron_h", {
         **NEMOTRON_H, **FREE, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}),
     "nemotron_h, groups": ("nemotron_h", {

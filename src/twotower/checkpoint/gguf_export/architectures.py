@@ -27,7 +27,8 @@ class Architecture:
     needs a head. tied_head: it has none. equal_heads: as many key heads as query heads. normalise: of the expert
     weights; None: as the file says. sigmoid: the router's scores. caps: scores and logits are capped. logit_cap: logits
     may be. gemma: embeddings times √hidden, and the scale of scores that Gemma's 27B has if there are `wide_scale`
-    layers. factors: Granite's, in the metadata. merged: a mixer and the feed-forward behind it are one layer.
+    layers. factors: Granite's, in the metadata. folded: Falcon-H1's, in the weights. merged: a mixer and the
+    feed-forward behind it are one layer.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Architecture:
     gemma: bool = False
     wide_scale: int = 0
     factors: bool = False
+    folded: bool = False
     pre_norm: bool = True
     post_norm: bool = False
     merged: bool = True
@@ -137,6 +139,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": _GRANITE,
     "granitemoehybrid": _GRANITE_HYBRID,
     "bamba": replace(_GRANITE_HYBRID, partial=True),
+    "falcon_h1": Architecture(name="falcon-h1", divisors=False, mlp_bias=True, own_head=True, folded=True),
     "glm4": Architecture(name="glm4", rotation="neighbours", partial=True, packed_gate=True, post_norm=True),
     "mamba2": Architecture(name="mamba2", rotation="none", merged=False),
 }

@@ -25,17 +25,17 @@ def _reasons(spec: TowerSpec, architecture: Architecture) -> Iterator[str]:
     yield from _of_tower(spec, architecture)
     for layer in spec.layers:
         yield from _of_layer(layer, architecture)
-        mixer = layer.mixer
-        if isinstance(mixer, AttentionSpec):
-            yield from _of_attention(mixer, spec, architecture)
-        elif isinstance(mixer, Mamba2Spec):
-            yield from _of_mamba(mixer, spec, architecture)
-        elif isinstance(mixer, MoESpec):
-            yield from _of_experts(mixer, architecture)
-        elif isinstance(mixer, MLPSpec):
-            yield from _of_mlp(mixer, architecture, "")
-        else:
-            yield f"layers of kind {layer.kind!r}"
+        for mixer in layer.parts:
+            if isinstance(mixer, AttentionSpec):
+                yield from _of_attention(mixer, spec, architecture)
+            elif isinstance(mixer, Mamba2Spec):
+                yield from _of_mamba(mixer, spec, architecture)
+            elif isinstance(mixer, MoESpec):
+                yield from _of_experts(mixer, architecture)
+            elif isinstance(mixer, MLPSpec):
+                yield from _of_mlp(mixer, architecture, "")
+            else:
+                yield f"layers of kind {layer.kind!r}"
     yield from _of_rotation(spec, architecture)
 
 
@@ -43,9 +43,10 @@ def _of_tower(spec: TowerSpec, architecture: Architecture) -> Iterator[str]:
     if architecture.tied_head and not spec.tied_head:
         yield "a head that is not the embedding"
     wanted = math.sqrt(spec.hidden_size) if architecture.gemma else 1.0
-    if not architecture.factors and not math.isclose(spec.embedding_factor, wanted, rel_tol=1e-6):
+    inside = architecture.factors or architecture.folded
+    if not inside and not math.isclose(spec.embedding_factor, wanted, rel_tol=1e-6):
         yield f"a factor of the embeddings of {spec.embedding_factor}"
-    if not architecture.factors and spec.logit_factor != 1.0:
+    if not inside and spec.logit_factor != 1.0:
         yield f"a factor of the logits of {spec.logit_factor}"
     if architecture.caps and spec.logit_softcap is None:
         yield "logits without a cap"
@@ -61,7 +62,7 @@ def _of_tower(spec: TowerSpec, architecture: Architecture) -> Iterator[str]:
 def _of_layer(layer: LayerSpec, architecture: Architecture) -> Iterator[str]:
     if (layer.pre_norm, layer.post_norm) != (architecture.pre_norm, architecture.post_norm):
         yield "norms in other places"
-    if layer.residual_factor != 1.0 and not architecture.factors:
+    if layer.residual_factor != 1.0 and not (architecture.factors or architecture.folded):
         yield f"a factor of the residual branches of {layer.residual_factor}"
 
 
@@ -77,7 +78,7 @@ def _of_attention(mixer: AttentionSpec, spec: TowerSpec, architecture: Architect
         yield "gates of the output of attention"
     if (mixer.softcap is not None) != architecture.caps:
         yield "attention scores without a cap" if architecture.caps else "a cap of attention scores"
-    if mixer.scale is not None and not architecture.factors:
+    if mixer.scale is not None and not (architecture.factors or architecture.folded):
         wide = architecture.wide_scale == spec.layers[-1].source + 1
         expected = (spec.hidden_size // mixer.num_heads if wide else mixer.head_dim) ** -0.5
         if not math.isclose(mixer.scale, expected, rel_tol=1e-6):
@@ -91,11 +92,11 @@ def _of_attention(mixer: AttentionSpec, spec: TowerSpec, architecture: Architect
 def _of_mamba(mixer: Mamba2Spec, spec: TowerSpec, architecture: Architecture) -> Iterator[str]:
     if mixer.time_step_limit != (0.0, math.inf):
         yield f"a time_step_limit of {list(mixer.time_step_limit)}"
-    if mixer.norm != "after_gate":
+    if mixer.norm != "after_gate" and not (architecture.folded and mixer.norm == "none"):
         yield "a gated norm in another place"
     if mixer.input_bias or mixer.output_bias:
         yield "biases of Mamba-2's projections"
-    if mixer.factors is not None:
+    if mixer.factors is not None and not architecture.folded:
         yield "factors of Mamba-2's projections"
     if architecture.name == "mamba2" and not mixer.conv_bias:
         yield "convolutions without a bias"
@@ -128,12 +129,14 @@ def _of_mlp(mixer: MLPSpec, architecture: Architecture, where: str) -> Iterator[
         yield f"biases of the MLP{where}"
     if (mixer.activation, mixer.gated) != (architecture.activation, architecture.gated):
         yield f"the activation {mixer.activation}{where}"
-    if mixer.gate_factor != 1.0:
+    if mixer.gate_factor != 1.0 and not architecture.folded:
         yield f"a factor of gates{where}"
 
 
 def _of_rotation(spec: TowerSpec, architecture: Architecture) -> Iterator[str]:
-    turned = [(layer.source, layer.mixer.rope) for layer in spec.layers if isinstance(layer.mixer, AttentionSpec)]
+    turned = [
+        (layer.source, part.rope) for layer in spec.layers for part in layer.parts if isinstance(part, AttentionSpec)
+    ]
     if not turned:
         return
     without = [source for source, rope in turned if rope is None]

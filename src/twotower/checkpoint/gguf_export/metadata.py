@@ -76,8 +76,9 @@ def _attention_keys(spec: TowerSpec, architecture: Architecture) -> dict[str, Va
         return {"attention.head_count": 0}
     counts = [0] * (spec.layers[-1].source + 1)
     for layer in spec.layers:
-        if isinstance(layer.mixer, AttentionSpec):
-            counts[layer.source] = layer.mixer.num_kv_heads
+        for part in layer.parts:
+            if isinstance(part, AttentionSpec):
+                counts[layer.source] = part.num_kv_heads
     keys: dict[str, Value] = {
         "attention.head_count": attention.num_heads,
         "attention.head_count_kv": counts if 0 in counts else counts[0],

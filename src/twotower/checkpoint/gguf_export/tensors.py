@@ -5,17 +5,16 @@ Names in a file are those of llama.cpp's `llama-arch.cpp`; values are changed as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from twotower.checkpoint.gguf_export.architectures import Architecture
+from twotower.checkpoint.gguf_export.folding import Change, layer_changes, table_factors, times
 from twotower.checkpoint.gguf_export.metadata import EMPTY_EXPERT, needs_empty_experts, shared_width
-from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
-
-Change = Callable[[Tensor], Tensor]
+from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, ParallelSpec, TowerSpec
 
 _ATTENTION = {
     "q_proj": "attn_q",
@@ -81,21 +80,36 @@ def exported_tensors(
         exact = len(shape) == 1 or any(mark in name for mark in _EXACT)
         made[name] = ExportedTensor(name, tuple(shape), parts, exact)
 
-    table = shapes["embeddings.weight"]
-    add("token_embd.weight", table, Part("embeddings.weight"))
+    factors = table_factors(spec) if architecture.folded else {}
+
+    def add_table(name: str, source: str, factor: str) -> None:
+        change = times(factors[factor]) if factors else None
+        add(name, shapes["embeddings.weight"], Part(source, change=change))
+
+    add_table("token_embd.weight", "embeddings.weight", "embeddings.weight")
     if not spec.tied_head or architecture.own_head:
-        add("output.weight", table, Part("embeddings.weight" if spec.tied_head else "head.weight"))
+        add_table("output.weight", "embeddings.weight" if spec.tied_head else "head.weight", "head.weight")
     add("output_norm.weight", shapes["norm_f.weight"], Part("norm_f.weight", change=_shifted(spec)))
     for number, layer in enumerate(spec.layers):
         prefix = f"layers.{number}."
         own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        changes = layer_changes(layer) if architecture.folded else {}
         for name, shape, parts in _of_layer(layer, spec, architecture, own):
-            placed = (Part(prefix + part.source, part.shape, part.change) if part.source else part for part in parts)
+            placed = (_placed(part, prefix, changes) for part in parts)
             add(f"blk.{layer.source}.{name}", shape, *placed)
     return list(made.values())
 
 
 Placed = tuple[str, tuple[int, ...], tuple[Part, ...]]
+
+
+def _placed(part: Part, prefix: str, changes: Mapping[str, Change]) -> Part:
+    """A part of a layer with its name in the tower, and with the change of its values that the layer needs."""
+    if part.source is None:
+        return part
+    first, second = changes.get(part.source), part.change
+    both = first if second is None else second if first is None else lambda weight: second(first(weight))
+    return Part(prefix + part.source, part.shape, both)
 
 
 def _of_layer(
@@ -107,10 +121,13 @@ def _of_layer(
     behind = "post_ffw_norm" if feeds else "post_attention_norm"
     for leaf, name in (("norm", before), ("post_norm", behind)):
         if (shape := own.get(f"{leaf}.weight")) is not None:
-            yield f"{name}.weight", shape, (Part(f"{leaf}.weight", change=shifted),)
+            bare = name == "ffn_norm" and architecture.folded  # Falcon-H1's has no suffix
+            yield name if bare else f"{name}.weight", shape, (Part(f"{leaf}.weight", change=shifted),)
     inner = {name.removeprefix("mixer."): shape for name, shape in own.items() if name.startswith("mixer.")}
     mixer = layer.mixer
-    if isinstance(mixer, AttentionSpec):
+    if isinstance(mixer, ParallelSpec):
+        placed = _of_parallel(mixer, spec, architecture, inner)
+    elif isinstance(mixer, AttentionSpec):
         placed = _of_attention(mixer, spec, architecture, inner)
     elif isinstance(mixer, Mamba2Spec):
         placed = _of_mamba(mixer, inner)
@@ -119,12 +136,24 @@ def _of_layer(
     else:
         assert isinstance(mixer, MLPSpec)
         placed = _of_mlp(mixer, spec, architecture, inner)
+    yield from _inside("mixer.", placed)
+
+
+def _inside(module: str, placed: Iterable[Placed]) -> Iterator[Placed]:
+    """Tensors of a module of a layer, by their names in the layer."""
     for name, shape, parts in placed:
-        yield name, shape, tuple(_inside(part) for part in parts)
+        yield name, shape, tuple(_placed(part, module, {}) for part in parts)
 
 
-def _inside(part: Part) -> Part:
-    return part if part.source is None else Part(f"mixer.{part.source}", part.shape, part.change)
+def _of_parallel(
+    mixer: ParallelSpec, spec: TowerSpec, architecture: Architecture, own: Mapping[str, tuple[int, ...]]
+) -> Iterator[Placed]:
+    halves: dict[str, dict[str, tuple[int, ...]]] = {"attention": {}, "mamba": {}}
+    for name, shape in own.items():
+        half, _, rest = name.partition(".")
+        halves[half][rest] = shape
+    yield from _inside("attention.", _of_attention(mixer.attention, spec, architecture, halves["attention"]))
+    yield from _inside("mamba.", _of_mamba(mixer.mamba, halves["mamba"]))
 
 
 def _of_attention(
