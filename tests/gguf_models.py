@@ -17,6 +17,10 @@ FREE = {"time_step_limit": [0.0, math.inf]}
 YARN: dict[str, Any] = {
     "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 128,
 }  # fmt: skip
+DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16, "rms_norm_eps": 1e-6,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 5e3}
 # Name → model_type, and what differs from `BASE` of `tiny_backbones`: together, what llama.cpp computes of a family.
 EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +54,14 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
         **MAMBA, "mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mlp_bias": True,
         "tie_word_embeddings": True, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen3_next": ("qwen3_next", {
+        **DELTA, "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,
+        "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "qwen3_5": ("qwen3_5_text", DELTA | {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3
+                                         + ["full_attention"]}),
+    "qwen3_5, experts": ("qwen3_5_moe_text", {
+        **DELTA, "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,
+        "num_experts_per_tok": 2, "linear_num_key_heads": 1, "tie_word_embeddings": True}),
     "nemotron_h": ("nemotron_h", {
         **NEMOTRON_H, **FREE, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}),
     "nemotron_h, groups": ("nemotron_h", {

@@ -27,8 +27,9 @@ class Architecture:
     needs a head. tied_head: it has none. equal_heads: as many key heads as query heads. normalise: of the expert
     weights; None: as the file says. sigmoid: the router's scores. caps: scores and logits are capped. logit_cap: logits
     may be. gemma: embeddings times √hidden, and the scale of scores that Gemma's 27B has if there are `wide_scale`
-    layers. factors: Granite's, in the metadata. folded: Falcon-H1's, in the weights. merged: a mixer and the
-    feed-forward behind it are one layer.
+    layers. factors: Granite's, in the metadata. folded: Falcon-H1's, in the weights. delta_net: the recurrent
+    layers are gated DeltaNet, and attention has gates of its output. feed_norm: the name of the norm before the
+    feed-forward. merged: a mixer and the feed-forward behind it are one layer.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Architecture:
     wide_scale: int = 0
     factors: bool = False
     folded: bool = False
+    delta_net: bool = False
+    feed_norm: str = "ffn_norm"
     pre_norm: bool = True
     post_norm: bool = False
     merged: bool = True
@@ -115,6 +118,16 @@ _NEMOTRON_H = Architecture(
     merged=False,
 )
 
+_QWEN_NEXT = Architecture(
+    name="qwen3next",
+    partial=True,
+    qk_norm="head",
+    shared=True,
+    shared_gate=True,
+    delta_net=True,
+    feed_norm="post_attention_norm",
+)
+
 # model_type → architecture. Nemotron-H with experts and Granite without Mamba-2 have others: `architecture_of`.
 ARCHITECTURES: dict[str, Architecture] = {
     "nemotron_h": _NEMOTRON_H,
@@ -140,6 +153,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoehybrid": _GRANITE_HYBRID,
     "bamba": replace(_GRANITE_HYBRID, partial=True),
     "falcon_h1": Architecture(name="falcon-h1", divisors=False, mlp_bias=True, own_head=True, folded=True),
+    "qwen3_next": _QWEN_NEXT,
+    "qwen3_5_text": replace(_QWEN_NEXT, name="qwen35"),
+    "qwen3_5_moe_text": replace(_QWEN_NEXT, name="qwen35moe"),
     "glm4": Architecture(name="glm4", rotation="neighbours", partial=True, packed_gate=True, post_norm=True),
     "mamba2": Architecture(name="mamba2", rotation="none", merged=False),
 }

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from twotower.checkpoint.gguf_export.architectures import Architecture
 from twotower.errors import ConfigError
-from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
+from twotower.model.delta_net import L2_EPS
+from twotower.specs import AttentionSpec, DeltaNetSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
 
 _OTHER_WAY = "twotower export --to one-tower writes the model for other programs"
 
@@ -34,8 +35,8 @@ def _reasons(spec: TowerSpec, architecture: Architecture) -> Iterator[str]:
                 yield from _of_experts(mixer, architecture)
             elif isinstance(mixer, MLPSpec):
                 yield from _of_mlp(mixer, architecture, "")
-            else:
-                yield f"layers of kind {layer.kind!r}"
+            elif isinstance(mixer, DeltaNetSpec):
+                yield from _of_delta_net(mixer, spec)
     yield from _of_rotation(spec, architecture)
 
 
@@ -74,8 +75,8 @@ def _of_attention(mixer: AttentionSpec, spec: TowerSpec, architecture: Architect
         yield f"norms of queries and keys of the kind {mixer.qk_norm!r}"
     if mixer.clip is not None:
         yield "clipped queries, keys and values"
-    if mixer.output_gate:
-        yield "gates of the output of attention"
+    if mixer.output_gate != architecture.delta_net:
+        yield "gates of the output of attention" if mixer.output_gate else "no gates of the output of attention"
     if (mixer.softcap is not None) != architecture.caps:
         yield "attention scores without a cap" if architecture.caps else "a cap of attention scores"
     if mixer.scale is not None and not (architecture.factors or architecture.folded):
@@ -102,6 +103,13 @@ def _of_mamba(mixer: Mamba2Spec, spec: TowerSpec, architecture: Architecture) ->
         yield "convolutions without a bias"
     if architecture.name == "granitehybrid" and mixer.inner != 2 * spec.hidden_size:
         yield f"an inner width of {mixer.inner}, not twice the hidden size"
+
+
+def _of_delta_net(mixer: DeltaNetSpec, spec: TowerSpec) -> Iterator[str]:
+    if mixer.head_dim != mixer.state_size:
+        yield f"value heads of width {mixer.head_dim} beside key heads of width {mixer.state_size}"
+    if not math.isclose(spec.norm_eps, L2_EPS, rel_tol=1e-6):
+        yield f"an epsilon of norms of {spec.norm_eps}, not that of DeltaNet's queries and keys, {L2_EPS}"
 
 
 def _of_experts(mixer: MoESpec, architecture: Architecture) -> Iterator[str]:

@@ -8,6 +8,8 @@ from twotower.specs import AttentionSpec, MLPSpec, MoESpec, TowerSpec
 
 EMPTY_EXPERT = 1  # width of the experts, all zero, of a layer without experts beside layers with experts
 
+_INTERVAL = 4  # each fourth layer of Qwen3-Next and Qwen 3.5 has attention
+
 
 def model_keys(spec: TowerSpec, architecture: Architecture) -> tuple[dict[str, Value], list[str]]:
     """The metadata of a tower that the architecture computes, and notes for the user."""
@@ -19,7 +21,13 @@ def model_keys(spec: TowerSpec, architecture: Architecture) -> tuple[dict[str, V
     }
     windows, length, notes = _window_keys(spec, architecture)
     keys["context_length"] = length
-    keys |= windows | _attention_keys(spec, architecture) | _mamba_keys(spec) | _feed_forward_keys(spec, architecture)
+    keys |= (
+        windows
+        | _attention_keys(spec, architecture)
+        | _mamba_keys(spec)
+        | _delta_net_keys(spec)
+        | _feed_forward_keys(spec, architecture)
+    )
     if architecture.factors:
         keys["embedding_scale"] = spec.embedding_factor
         keys["logit_scale"] = 1.0 / spec.logit_factor
@@ -81,7 +89,7 @@ def _attention_keys(spec: TowerSpec, architecture: Architecture) -> dict[str, Va
                 counts[layer.source] = part.num_kv_heads
     keys: dict[str, Value] = {
         "attention.head_count": attention.num_heads,
-        "attention.head_count_kv": counts if 0 in counts else counts[0],
+        "attention.head_count_kv": counts if 0 in counts and not architecture.delta_net else attention.num_kv_heads,
         "attention.key_length": attention.head_dim,
         "attention.value_length": attention.head_dim,
     }
@@ -103,6 +111,24 @@ def _mamba_keys(spec: TowerSpec) -> dict[str, Value]:
         "ssm.inner_size": mamba.inner,
         "ssm.time_step_rank": mamba.num_heads,
     }
+
+
+def _delta_net_keys(spec: TowerSpec) -> dict[str, Value]:
+    mixer = spec.delta_net
+    if mixer is None:
+        return {}
+    keys: dict[str, Value] = {
+        "ssm.conv_kernel": mixer.conv_kernel,
+        "ssm.state_size": mixer.state_size,
+        "ssm.group_count": mixer.num_groups,
+        "ssm.inner_size": mixer.inner,
+        "ssm.time_step_rank": mixer.num_heads,
+        "full_attention_interval": _INTERVAL,
+    }
+    recurrent = [layer.kind == "D" for layer in spec.layers if layer.kind in "D*"]
+    if recurrent != [(i + 1) % _INTERVAL != 0 for i in range(len(recurrent))]:
+        keys["attention.recurrent_layers"] = recurrent
+    return keys
 
 
 def _feed_forward_keys(spec: TowerSpec, architecture: Architecture) -> dict[str, Value]:

@@ -42,6 +42,8 @@ def rotation_keys(
         keys["rope.freq_base_swa"] = _number(local["rope_theta"])
         if local.get("rope_type") not in (None, "default"):
             raise _refused("sliding_attention", local, architecture)
+    if architecture.name.startswith("qwen35"):  # of pictures; a text has the same position in all sections
+        keys["rope.dimension_sections"] = _sections(len(spec.ropes[-1].inverse_frequencies))
     kind = main.get("rope_type", "default")
     if kind == "default":
         return keys, {}, []
@@ -56,6 +58,13 @@ def rotation_keys(
     if kind == "longrope" and architecture.packed_qkv:
         return _longrope(keys, main, spec)
     raise _refused("rope_parameters", main, architecture)
+
+
+def _sections(pairs: int) -> list[int]:
+    """The pairs that turn by time, height and width; Qwen 3.5's 32 are 11, 11 and 10."""
+    time = -(-pairs // 3)
+    height = -(-(pairs - time) // 2)
+    return [time, height, pairs - time - height, 0]
 
 
 def _section(every: Mapping[str, object], name: str) -> Mapping[str, object]:

@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint.gguf_export.architectures import Architecture
+from twotower.checkpoint.gguf_export.delta_net import delta_net_tensors
 from twotower.checkpoint.gguf_export.folding import Change, layer_changes, table_factors, times
 from twotower.checkpoint.gguf_export.metadata import EMPTY_EXPERT, needs_empty_experts, shared_width
-from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, ParallelSpec, TowerSpec
+from twotower.specs import (
+    AttentionSpec,
+    DeltaNetSpec,
+    LayerSpec,
+    Mamba2Spec,
+    MLPSpec,
+    MoESpec,
+    ParallelSpec,
+    TowerSpec,
+)
 
 _ATTENTION = {
     "q_proj": "attn_q",
@@ -117,7 +127,7 @@ def _of_layer(
 ) -> Iterator[Placed]:
     feeds = layer.kind in "-E"
     shifted = _shifted(spec)
-    before = "ffn_norm" if feeds and architecture.merged else "attn_norm"
+    before = architecture.feed_norm if feeds and architecture.merged else "attn_norm"
     behind = "post_ffw_norm" if feeds else "post_attention_norm"
     for leaf, name in (("norm", before), ("post_norm", behind)):
         if (shape := own.get(f"{leaf}.weight")) is not None:
@@ -131,6 +141,9 @@ def _of_layer(
         placed = _of_attention(mixer, spec, architecture, inner)
     elif isinstance(mixer, Mamba2Spec):
         placed = _of_mamba(mixer, inner)
+    elif isinstance(mixer, DeltaNetSpec):
+        found = delta_net_tensors(mixer, inner)
+        placed = ((name, shape, (Part(source, change=change),)) for name, shape, source, change in found)
     elif isinstance(mixer, MoESpec):
         placed = _of_experts(spec, inner)
     else:
