@@ -91,7 +91,8 @@ def config_of(file: Metadata) -> TwoTowerConfig:
     inner = _number(file.own("ssm.inner_size"))
     if inner and "mamba_num_heads" in values:
         values["mamba_head_dim"] = inner // _number(values["mamba_num_heads"])
-    values["use_conv_bias"] = any(name.endswith("ssm_conv1d.bias") for name in names)
+    for key, bias in (("use_conv_bias", "ssm_conv1d"), ("mlp_bias", "ffn_up"), ("attention_bias", "attn_q")):
+        values[key] = any(name.endswith(f".{bias}.bias") for name in names)
     for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("mask", "mask")):
         token = file.value(f"tokenizer.ggml.{key}_token_id")
         if token is not None:

@@ -54,8 +54,9 @@ _MAMBA = {
     "norm.weight": "ssm_norm.weight",
     "out_proj.weight": "ssm_out.weight",
 }
-# Tensors that llama.cpp keeps in fp32 beside vectors; `exact` matches parts of their names.
-_EXACT = ("norm.weight", "ffn_gate_inp", "ssm_conv1d", "ssm_a", "ssm_d")
+# Parts of names of tensors that are fp32 in every file, beside vectors; a decay rate and D have no suffix.
+_EXACT = ("norm.weight", "ffn_gate_inp", "ssm_conv1d")
+_EXACT_ENDS = (".ssm_a", ".ssm_d")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def exported_tensors(
     made: dict[str, ExportedTensor] = {}
 
     def add(name: str, shape: Sequence[int], *parts: Part) -> None:
-        exact = len(shape) == 1 or any(mark in name for mark in _EXACT)
+        exact = len(shape) == 1 or name.endswith(_EXACT_ENDS) or any(mark in name for mark in _EXACT)
         made[name] = ExportedTensor(name, tuple(shape), parts, exact)
 
     factors = table_factors(spec) if architecture.folded else {}
