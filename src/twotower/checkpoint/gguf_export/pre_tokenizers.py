@@ -188,6 +188,11 @@ def name_of(given: str | None, encode: Callable[[str], Sequence[int]], pre_token
     return found
 
 
+def splits_marks_otherwise(pre_tokenizer: object) -> bool:
+    """Whether llama.cpp's expression of a pre-tokenizer leaves the tokenizer's rules for combining marks out."""
+    return any(_UPPER in step for step in _steps(pre_tokenizer))
+
+
 def _steps(pre_tokenizer: object) -> list[str]:
     """The steps of a pre-tokenizer of a tokenizer.json, a string each."""
     if not isinstance(pre_tokenizer, dict):

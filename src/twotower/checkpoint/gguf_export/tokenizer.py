@@ -137,6 +137,8 @@ def _byte_level(
         whole.get("pre_tokenizer"),
         bool(model.get("ignore_merges")),
     )
+    if pre_tokenizers.splits_marks_otherwise(whole.get("pre_tokenizer")):
+        notes.append("llama.cpp splits words with combining marks, as of Hindi, in other places than the tokenizer")
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
