@@ -203,8 +203,8 @@ def test_what_is_refused(
     two: Path, tmp_path: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
-    result = cli("export", two, "--to", "gguf", "-o", tmp_path / "one")
-    assert_one_line_error(result, "--to", "'gguf'", "'one-tower'")
+    result = cli("export", two, "--to", "foo", "-o", tmp_path / "one")
+    assert_one_line_error(result, "--to", "'foo'", "'one-tower'", "'gguf'")
     assert_one_line_error(cli("export", two, "-o", tmp_path / "one"), "--to", "one-tower")
     assert_one_line_error(cli(*command(two, two)), "not empty")
     assert_one_line_error(cli(*command(two, two, "--overwrite")), "contains the source")

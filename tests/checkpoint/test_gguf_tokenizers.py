@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from gguf_models import save_merging_tokenizer, sentencepiece_tokenizer
-from tiny_backbones import VOCAB
+from tiny_backbones import VOCAB, save_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -118,6 +118,11 @@ def test_other_kinds_of_tokenizers() -> None:
     characters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
     with pytest.raises(CheckpointError, match="a BPE of characters"):
         keys_of(characters)
+
+
+def test_a_tokenizer_without_merges(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no merges"):
+        keys_of(save_tokenizer(tmp_path, "<mask>"))
 
 
 def test_tokens(made: Callable[..., PreTrainedTokenizerFast]) -> None:

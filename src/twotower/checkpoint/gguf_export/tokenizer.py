@@ -129,6 +129,8 @@ def _byte_level(
         raise CheckpointError(
             f"the tokenizer changes texts by {normalizers[0]!r}, which llama.cpp does not do; {_REMEDY}"
         )
+    if not model["merges"]:
+        raise CheckpointError(f"the tokenizer has no merges, and llama.cpp reads no BPE without them; {_REMEDY}")
     if whole.get("normalizer") is not None:
         notes.append("the tokenizer brings texts into the form NFC first, and llama.cpp does not")
     name = pre_tokenizers.name_of(
