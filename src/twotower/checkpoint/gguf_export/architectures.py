@@ -1,7 +1,7 @@
 """The architectures of llama.cpp that the context tower of a family becomes, and what each of them computes.
 
-The properties are those of `src/models/*.cpp` in llama.cpp of July 2026. A model with another property is refused by
-name: llama.cpp would load the file and compute something else.
+The properties are those of `src/models/*.cpp` in the llama.cpp of llama-cpp-python 0.3.36. A model with another one
+is refused by name: llama.cpp would load the file and compute something else.
 """
 
 from __future__ import annotations

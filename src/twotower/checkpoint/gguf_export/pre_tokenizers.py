@@ -13,7 +13,7 @@ from twotower.errors import CheckpointError
 from twotower.json_text import JsonObject
 
 # The test text of llama.cpp's converter (`get_vocab_base_pre`), and SHA-256 of the list of its tokens for each of the
-# tokenizers that the converter knows, in llama.cpp of July 2026.
+# tokenizers that the converter knows, in the llama.cpp of llama-cpp-python 0.3.36.
 TEST_TEXT = (
     "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 "
     "33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= "
@@ -116,7 +116,7 @@ d772b220ace2baec124bed8cfafce0ead7d6c38a4b65ef11261cf9d5d62246d1 tiny_aya
 9d70134b369a70e5735009b6de918f7581b5211f7c074d1f89f753aea8248af1 youtu
 """
 OF_HASHES = dict(line.split() for line in _HASHES.split("\n") if line)
-# All names that llama.cpp of July 2026 knows for a byte-level BPE.
+# All names that the llama.cpp of llama-cpp-python 0.3.36 knows for a byte-level BPE.
 _NAMES = """
 a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe command-r dbrx
 deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone exaone-moe exaone4 f2llmv2 falcon
