@@ -39,7 +39,8 @@ _TARGETS_OF = {
     required=True,
     type=click.Choice(TARGETS),
     help="one-tower: the autoregressive model that is the context tower, for transformers. gguf: the same model for "
-    "llama.cpp, Ollama and LM Studio. peft: the adapters alone, for twotower init --adapters and for peft. denoiser: the two-tower checkpoint with one of several denoisers.",
+    "llama.cpp, Ollama and LM Studio. peft: the adapters alone, for twotower init --adapters and for peft. denoiser: "
+    "the two-tower checkpoint with one of several denoisers.",
 )
 @click.option(
     "-o",

@@ -97,6 +97,6 @@ def open_context(source: str | Path, use: str) -> ContextTower:
 def _by_name(entries: Iterable[TensorEntry]) -> dict[str, list[TensorEntry]]:
     out: dict[str, list[TensorEntry]] = defaultdict(list)
     for entry in entries:
-        if entry.memory.startswith("context.") and not names.of_adapters(entry.memory):
+        if names.of_context(entry):
             out[entry.memory.removeprefix("context.")].append(entry)
     return dict(out)
