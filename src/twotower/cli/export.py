@@ -133,13 +133,7 @@ def export(
             made = export_one_tower(
                 source, output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
             )
-    for note in made.notes:
-        click.echo(f"Note: {note}.", err=True)
-    if as_json:
-        click.echo(json.dumps(made.to_dict(), ensure_ascii=False))
-        return
-    for line in summary(made) if isinstance(made, ExportResult) else join_summary(made):
-        click.echo(line)
+    _print(made, as_json, summary(made) if isinstance(made, ExportResult) else join_summary(made))
 
 
 def _check_options(context: click.Context, target: str) -> None:
@@ -148,6 +142,14 @@ def _check_options(context: click.Context, target: str) -> None:
     for name, targets in _TARGETS_OF.items():
         if target not in targets and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise ArgumentError(f"{names[name]} is for --to {' and '.join(targets)}; leave it out")
+
+
+def _print(made: ExportResult | JoinResult, as_json: bool, lines: Iterator[str]) -> None:
+    """Prints notes to stderr, and the result as one JSON object or as text."""
+    for note in made.notes:
+        click.echo(f"Note: {note}.", err=True)
+    for line in [json.dumps(made.to_dict(), ensure_ascii=False)] if as_json else lines:
+        click.echo(line)
 
 
 def summary(made: ExportResult) -> Iterator[str]:
@@ -209,13 +211,7 @@ def join(
         made = join_checkpoints(
             sources, output, modes=of_mode, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
-    for note in made.notes:
-        click.echo(f"Note: {note}.", err=True)
-    if as_json:
-        click.echo(json.dumps(made.to_dict(), ensure_ascii=False))
-        return
-    for line in join_summary(made):
-        click.echo(line)
+    _print(made, as_json, join_summary(made))
 
 
 def pairs(given: tuple[str, ...], form: str) -> dict[str, str]:
