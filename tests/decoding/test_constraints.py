@@ -524,6 +524,7 @@ def test_a_tokenizer_with_spaces_as_characters() -> None:
         ({"json_schema": {"type": "strin"}}, "json_schema cannot be used: Invalid type: strin"),
         ({"json_schema": {"const": {1, 2}}}, "json_schema is not JSON: Object of type set"),
         ({"json_schema": {"const": float("nan")}}, "json_schema is not JSON: NaN is not a JSON number"),
+        ({"json_schema": {"minLength": 10**30}}, "json_schema cannot be used: Value is not JSON"),
         ({"json_schema": {"const": "\ud800"}}, "json_schema has half of a surrogate pair"),
         ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "Unsatisfiable schema"),
     ],

@@ -299,6 +299,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"include": ["message.output_text.logprobs"]}, "include", "log-probabilities"),
     ({"top_logprobs": 2}, "top_logprobs", "log-probabilities"),
     ({"tools": [{"type": "web_search"}]}, "tools", '"web_search"'),
+    ({"tools": [{"type": "\ud800"}]}, "tools", '"\\ud800"'),
     ({"tools": [{"type": "mcp", "server_url": "x"}]}, "tools", '"mcp"'),
     ({"tools": [{"type": "function", "name": "a", "function": {}}]}, "tools", "tools.0.function"),
     ({"tools": [LOOK], "tool_choice": {"type": "file_search"}}, "tool_choice", "file_search"),
@@ -331,6 +332,12 @@ def test_errors_name_the_field(served: RunningServer, fields: dict[str, Any], pa
         assert error["param"] == param
         assert words in error["message"]
         assert "\n" not in error["message"]
+
+
+def test_responses_are_not_kept(client: openai.OpenAI) -> None:
+    response = client.responses.create(model=NAME, input="reply: text", store=True)
+    with pytest.raises(openai.NotFoundError, match="responses are not kept"):
+        client.responses.retrieve(response.id)
 
 
 def test_fields_without_an_effect_are_accepted(served: RunningServer) -> None:

@@ -21,11 +21,12 @@ from twotower.server.message_schemas import Message
 from twotower.server.settings import Limits
 
 OPERATIONS = [
-    ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/models", "GET"), ("/v1/models/{name}", "GET"),
+    ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/responses", "POST"), ("/v1/messages", "POST"),
+    ("/v1/messages/count_tokens", "POST"), ("/v1/models", "GET"), ("/v1/models/{name}", "GET"),
     ("/health", "GET"), ("/ready", "GET"), ("/metrics", "GET"),
 ]  # fmt: skip
-WRITING = 2  # the first operations have a body and get most of the cases
-BOUNDED = ("max_tokens", "max_completion_tokens", "n")  # fields with limits of this server
+WRITING = 5  # the first operations have a body and get most of the cases
+BOUNDED = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n")  # fields with limits of this server
 OF_TOOLS = ("tools", "tool_choice", "chat_template_kwargs")  # fields that depend on each other or on the template
 KNOWN = Message.model_fields.keys()
 CHECKED = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
@@ -107,7 +108,10 @@ def run(
         if valid and isinstance(case.body, dict) and statuses.total() % 2:
             for name in ("model", *MODES_OF_FIELD, *BOUNDED, *OF_TOOLS, "stream_denoising", "stream_options"):
                 case.body.pop(name, None)
-            if "messages" in case.body:
+            if path.startswith("/v1/messages"):
+                case.body["messages"] = [{"role": "user", "content": "x"}]
+                case.body |= {"max_tokens": 4} if path.endswith("messages") else {}
+            elif "messages" in case.body:
                 case.body["messages"] = [simplified(message) for message in case.body["messages"]]
         if history and isinstance(case.body, dict) and isinstance(case.body.get("messages"), list):
             case.body["messages"] = [*history, *case.body["messages"]]
@@ -138,7 +142,7 @@ def run_all(served: RunningServer, cases: int) -> Counter[int]:
         assert found[200] > cases // 10 or not valid
         statuses += found
     for place, (path, method) in enumerate(OPERATIONS):
-        share = cases if place < WRITING else max(cases // 20, 5)
+        share = (cases if place < 2 else cases // 3) if place < WRITING else max(cases // 20, 5)
         for valid in (True, False) if place < WRITING else (True,):
             statuses += run(served, path, method, share // 2, valid)
     return statuses

@@ -213,7 +213,10 @@ def _compiled(matcher: type[LLMatcher], kind: str, source: object) -> str:
         raise ArgumentError(f"json_schema is {plain[:40]}; give an object, {{}} for any JSON value", param=kind)
     _encode("json_schema", plain)
     schema.setdefault("x-guidance", {"whitespace_pattern": WHITESPACE})  # llguidance's options, which a caller may set
-    return str(matcher.grammar_from_json_schema(schema))
+    try:
+        return str(matcher.grammar_from_json_schema(schema))
+    except ValueError as error:  # an integer of more than 64 bits
+        raise ArgumentError(f"{kind} cannot be used: {_one_line(str(error))}; change it", param=kind) from None
 
 
 def _refuse(constant: str) -> None:

@@ -44,6 +44,8 @@ NOT_SERVED = {
     "/v1/fine_tuning": "fine-tuning is",
     "/v1/assistants": "assistants are",
     "/v1/threads": "assistants are",
+    "/v1/responses": "responses are not kept, so stored ones are",
+    "/v1/conversations": "conversations are not kept, so they are",
     "/v1/rerank": "reranking is",
     "/v1/score": "scoring of pairs is",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from typing import Annotated, ClassVar
 
@@ -90,5 +91,6 @@ def check_type(value: object, known: Collection[str], remedy: str, default: str 
     """
     kind = (value.get("type") or default) if isinstance(value, dict) else ""
     if isinstance(kind, str) and kind and kind not in known:
-        raise ValueError(f'has the type "{kind[:MAX_NAME]}", which is not supported; {remedy}')
+        # In ASCII, because pydantic fails with a lone surrogate in an error.
+        raise ValueError(f"has the type {json.dumps(kind[:MAX_NAME])}, which is not supported; {remedy}")
     return value

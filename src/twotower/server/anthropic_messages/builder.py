@@ -44,6 +44,7 @@ class MessagesBuilder(ResponseBuilder):
         super().__init__(service, request, choices)
         (self._choice,) = choices
         self._model, self._request_id = service.settings.name, request_id
+        self._context = service.engine.stats.max_seq_len
         self._id = f"msg_{uuid.uuid4().hex}"
         self._reply, self._parts = self._reader(self._choice), ReplyParts()
         self._result: Generation | None = None
@@ -96,8 +97,8 @@ class MessagesBuilder(ResponseBuilder):
 
     def _stop_reason(self, result: Generation) -> StopReason:
         if result.finish_reason == "length":
-            limit_reached = len(result.tokens) >= self.request.max_tokens
-            return "max_tokens" if limit_reached else "model_context_window_exceeded"
+            full = result.prompt_tokens + len(result.tokens) >= self._context
+            return "model_context_window_exceeded" if full else "max_tokens"
         if self._stop_sequence(result) is not None:
             return "stop_sequence"
         return "tool_use" if any(part.kind == "call" for part in self._parts.parts) else "end_turn"

@@ -16,7 +16,6 @@ class TextContent(BaseModel):
 
     type: Literal["text"] = "text"
     text: str
-    citations: None = None
 
 
 class ThinkingContent(BaseModel):

@@ -56,8 +56,8 @@ planner = Agent(name="b", model=model, output_type=Trip)
 assert isinstance(run(planner, "A trip to Ulm.", max_turns=2).final_output, Trip)
 
 forced = Agent(
-    name="c", model=model, tools=[weather], model_settings=ModelSettings(tool_choice="required", max_tokens=100),
-    tool_use_behavior="stop_on_first_tool",
+    name="c", model=model, tools=[weather], tool_use_behavior="stop_on_first_tool",
+    model_settings=ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=300),
 )  # fmt: skip
 assert "21 degrees" in run(forced, ASK, max_turns=2).final_output
 

@@ -55,12 +55,13 @@ native = Agent("openai:small", output_type=NativeOutput(Trip), retries=0)
 assert isinstance(native.run_sync("A trip to Ulm.", usage_limits=limits).output, Trip)
 
 
-async def streamed_text() -> str:
-    async with responses.run_stream("Is it warm in Ulm?", usage_limits=limits) as result:
+async def streamed_text(agent: Agent) -> str:
+    async with agent.run_stream("think", usage_limits=limits) as result:
         return await result.get_output()
 
 
-assert "21" in asyncio.run(streamed_text())
-thought = Agent("openai:small").run_sync("think", usage_limits=limits)
+thinker = Agent("openai:small")
+thought = thinker.run_sync("think", usage_limits=limits)
 assert thought.output == "Yes."
 assert [part.part_kind for part in thought.response.parts] == ["thinking", "text"]
+assert asyncio.run(streamed_text(thinker)) == "Yes."
