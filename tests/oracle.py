@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from naive_policies import NAIVE, NaiveRow, naive_commit
+from naive_rules import changed
 from oracle_tower import Context, conditioning, read
 from torch import Tensor
 
@@ -88,11 +89,13 @@ class _Row:
             out.tokens.append(token)
             out.committed_at.append(at)
             out.confidence.append(sure)
-            out.text, found = cut(self.model.tokenizer, out.tokens, params.eos_token_id, params.stop)
+            out.text, found = cut(self.model.tokenizer, out.tokens, params.end_tokens, params.stop, params.min_tokens)
             if found:
                 out.finish_reason = "stop"
-            elif token in params.eos_token_id:
+            elif token in params.eos_token_id and not params.ignore_eos:
                 out.finish_reason = "eos"
+            elif token in params.stop_token_ids:
+                out.finish_reason = "stop"
             elif len(out.tokens) == params.max_new_tokens:
                 out.finish_reason = "length"
             if out.finish_reason:
@@ -100,6 +103,12 @@ class _Row:
 
     def sample(self, logits: Tensor, position: int, purpose: int, step: int = 0) -> int:
         return sample(logits, self.params, position, purpose, step)
+
+    def changed(self, logits: Tensor, known: list[int], place: int | None = None) -> Tensor:
+        """Logits (V,) after the rules of the request. known: tokens beside the text before, place: among new tokens."""
+        before = self.out.tokens + known
+        place = len(before) if place is None else place
+        return changed(logits, self.params, self.prompt, before, place, self.model.tokenizer)
 
 
 # --- the modes ------------------------------------------------------------------------------------------------------
@@ -109,16 +118,18 @@ def _autoregressive(row: _Row) -> None:
     """The context tower reads the text; its head chooses the next token."""
     logits, _ = read(row.model.context, row.text)
     row.out.context_passes += 1
-    token = row.sample(logits[-1], len(row.text), AR_TOKEN)
-    row.take([token], [0], [probability(logits[-1], token)])
+    own = row.changed(logits[-1], [])
+    token = row.sample(own, len(row.text), AR_TOKEN)
+    row.take([token], [0], [probability(own, token)])
 
 
 def _mock_autoregressive(row: _Row) -> None:
     """The denoiser reads the last token after the context of all tokens before it, without time conditioning."""
     logits, _ = read(denoiser_of(row.model), row.text[-1:], _denoisers_past(row.model, row.text[:-1]))
     row.out.denoiser_passes += 1
-    token = row.sample(logits[-1], len(row.text), AR_TOKEN)
-    row.take([token], [0], [probability(logits[-1], token)])
+    own = row.changed(logits[-1], [])
+    token = row.sample(own, len(row.text), AR_TOKEN)
+    row.take([token], [0], [probability(own, token)])
     row.out.context_passes += not row.out.finish_reason  # after the last token there is no context pass
 
 
@@ -145,11 +156,12 @@ def _diffusion_after_text(row: _Row) -> None:
     block = fill(row, text[:-1], begun, list(range(1, size)), params.steps_per_block, DIFFUSION_CANDIDATE)
     out.denoiser_passes += block.passes
     row.take(block.tokens[1:], block.committed_at[1:], block.confidence[1:])
-    out.context_passes += not (room < size or set(block.tokens[1:]) & set(params.eos_token_id))
+    out.context_passes += not (room < size or set(block.tokens[1:]) & set(params.end_tokens))
     if not out.finish_reason:
         logits, _ = read(row.model.context, text[:-1] + block.tokens)
-        token = row.sample(logits[-1], len(text) - 1 + size, AR_TOKEN)
-        row.take([token], [params.steps_per_block], [probability(logits[-1], token)])
+        own = row.changed(logits[-1], [])
+        token = row.sample(own, len(text) - 1 + size, AR_TOKEN)
+        row.take([token], [params.steps_per_block], [probability(own, token)])
 
 
 def _verified(row: _Row) -> None:
@@ -170,6 +182,7 @@ def _verified(row: _Row) -> None:
         draft, committed_at = block.tokens[1:length], block.committed_at[1:length]
     logits = read(row.model.context, text + draft)[0][len(text) - 1 :]
     out.context_passes += 1
+    logits = torch.stack([row.changed(logits[i], draft[:i]) for i in range(len(draft) + 1)])
     own = [row.sample(logits[i], len(text) + i, AR_TOKEN) for i in range(len(draft) + 1)]
     kept = 0
     while kept < len(draft) and _accepted(draft[kept], own[kept], logits[kept], params.acceptance):
@@ -194,7 +207,7 @@ def _denoisers_draft(row: _Row, steps: int) -> Drafter:
 
 
 def _accepted(drafted: int, own: int, logits: Tensor, acceptance: float) -> bool:
-    near = probability(logits, drafted) >= acceptance * float(logits.softmax(-1).max())
+    near = probability(logits, drafted) >= acceptance * float(logits.softmax(-1).max()) and logits[drafted] > -math.inf
     return drafted == own or (acceptance < 1 and near)
 
 
@@ -217,6 +230,9 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
         passes += 1
         logits = torch.cat([logits[:1], logits[:-1]]) if shift else logits  # at each input, those that predict it
         logits[:, params.mask_token_id] = -math.inf
+        known = [block[i] for i in range(size) if i not in masked and len(before) + i >= len(row.text)]
+        offset = len(before) - len(row.prompt)
+        logits = torch.stack([row.changed(logits[i], known, offset + i) for i in range(size)])
         noise_step = step if purpose == DIFFUSION_CANDIDATE else 0
         candidate = [row.sample(logits[i], len(before) + i, purpose, noise_step) for i in range(size)]
         chances = logits.softmax(-1).tolist()
@@ -284,6 +300,9 @@ def sample(logits: Tensor, params: GenerationParams, position: int, purpose: int
     assert isinstance(params.seed, int)
     scaled = [value / params.temperature for value in values]
     uniform = noise(params.seed, position, purpose, step, len(values))
+    if params.min_p:
+        top = max(scaled)
+        scaled = [value if math.exp(value - top) >= params.min_p else -math.inf for value in scaled]
     scores = {i: scaled[i] - math.log(-math.log(uniform[i])) for i in left(scaled, params.top_k, params.top_p)}
     return max(scores, key=scores.__getitem__)
 
@@ -321,13 +340,19 @@ def noise(seed: int, position: int, purpose: int, step: int, size: int) -> list[
     return [((mix((key + golden * i) % wrap) >> 11) + 0.5) * 2.0**-53 for i in range(1, size + 1)]
 
 
-def cut(tokenizer: Any, tokens: list[int], eos: tuple[int, ...], stop: tuple[str, ...]) -> tuple[str, bool]:
+def cut(
+    tokenizer: Any, tokens: list[int], eos: tuple[int, ...], stop: tuple[str, ...], min_tokens: int = 0
+) -> tuple[str, bool]:
     """The text of the tokens up to the first stop string, and whether there is a stop string.
 
-    Special tokens are left out.
+    Special tokens are left out. min_tokens: no stop string ends in the text of so many tokens.
     """
     if tokenizer is None:
         return "", False
-    text = tokenizer.decode([t for t in tokens if t not in eos], skip_special_tokens=True)
-    found = [at for at in (text.find(each) for each in stop) if at >= 0]
+    early, text = (
+        tokenizer.decode([t for t in part if t not in eos], skip_special_tokens=True)
+        for part in (tokens[:min_tokens], tokens)
+    )
+    least = len(early.rstrip("\ufffd"))  # an incomplete character comes later
+    found = [at for at in (text.find(each, max(least - len(each) + 1, 0)) for each in stop) if at >= 0]
     return (text[: min(found)], True) if found else (text, False)

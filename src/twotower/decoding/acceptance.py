@@ -43,6 +43,7 @@ def accepted_length(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: fl
     agrees = drafted == own
     if isinstance(acceptance, Tensor) or acceptance < 1:
         near_enough = by_tiles(_relative_probability, logits, drafted) >= acceptance
+        near_enough &= logits.gather(-1, drafted[..., None])[..., 0] > -torch.inf  # else it is forbidden
         if isinstance(acceptance, Tensor):
             near_enough &= acceptance < 1
         agrees = agrees | near_enough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -25,16 +26,16 @@ class TokenLogprob:
 class Generation:
     """The result of one row.
 
-    tokens: new tokens, up to and including EOS or the token that completed a stop string. text: without special tokens
-    and without the stop string ("" if the model has no tokenizer). stop_string: the one that ended the row, or "".
-    committed_at: the denoising pass, from 0, that committed each token in its block. denoiser_passes, context_passes:
-    passes of each tower for this row, without the
-    prefill. In verified decoding: drafts is the number of rounds with a draft, drafted the tokens in them, accepted the
-    accepted ones, rejected the number of drafts with a token that AR did not accept. mode_reason: why mode "auto" chose
-    this mode. cached_tokens: prompt tokens from the prefix cache. decode_seconds: from the end of the prefill to the
-    end of the row. error: the error of a request with finish_reason "error"; error_param: the
-    parameter of the request that caused the error, if one did. logprobs, prompt_logprobs: of each new
-    token and of each prompt token (None for the first), if the request asked for them; else empty.
+    tokens: new tokens, up to and including EOS or the token that completed a stop string. text: without special
+    tokens and without the stop string or stop token ("" if the model has no tokenizer). stop_string: the one
+    that ended the row, or "". committed_at: the denoising pass, from 0, that committed each token in its block. denoiser_passes, context_passes: passes of each tower for
+    this row, without the prefill. In verified decoding: drafts is the number of rounds with a draft, drafted the
+    tokens in them, accepted the accepted ones, rejected the number of drafts with a token that AR did not accept.
+    mode_reason: why mode "auto" chose this mode. cached_tokens: prompt tokens from the prefix cache.
+    decode_seconds: from the end of the prefill to the end of the row. error: the error of a request with
+    finish_reason "error"; error_param: the parameter of the request that caused the error, if one did. logprobs,
+    prompt_logprobs: of each new token and of each prompt token (None for the first), if the request asked for them;
+    else empty.
     """
 
     mode: Mode
@@ -83,6 +84,16 @@ class Generation:
     def mean_accepted(self) -> float:
         """Accepted drafted tokens per round with a draft."""
         return self.accepted / self.drafts if self.drafts else 0.0
+
+    @property
+    def mean_logprob(self) -> float:
+        """The mean AR log-probability of the new tokens, if the request asked for log-probabilities; else NaN.
+
+        Without new tokens it is 0.
+        """
+        if len(self.logprobs) != len(self.tokens):
+            return math.nan
+        return sum(one.logprob for one in self.logprobs) / max(len(self.tokens), 1)
 
     @property
     def tokens_per_second(self) -> float:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 
+from twotower.decoding.checks import as_tuple, check_flag, check_number, check_whole
 from twotower.decoding.modes import AUTO, BLOCK_MODES, REQUEST_MODES
+from twotower.decoding.sampling_fields import (
+    LogitBias,
+    SamplingFields,
+    SamplingLists,
+    SamplingValues,
+    check_token_ids,
+    plain_bias,
+)
 from twotower.decoding.unmasking import POLICIES
 from twotower.deprecation import renamed_argument, renamed_attribute
 from twotower.errors import ArgumentError, LengthError
 from twotower.specs import TowerSpec
 
-Element = TypeVar("Element")
-
 DEFAULT_BLOCK_SIZE = 16
 
 
-class RowIndependent(TypedDict, total=False):
+class RowIndependent(SamplingFields, total=False):
     """Parameters that are the same for every row of a batch; see `GenerationParams`."""
 
     max_new_tokens: int
@@ -33,11 +39,10 @@ class RowIndependent(TypedDict, total=False):
     confidence_threshold: float
     draft_steps: int | None
     acceptance: float
-    deterministic: bool
     denoiser: str | None
 
 
-class Parameters(RowIndependent, total=False):
+class Parameters(RowIndependent, SamplingLists, total=False):
     """Parameters of one call, without the mode, in the wider types of the public API."""
 
     eos_token_id: int | Sequence[int] | None
@@ -48,7 +53,7 @@ class Parameters(RowIndependent, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationParams:
+class GenerationParams(SamplingValues):
     """Parameters of one call. All rows of a batch share them, except for seed, policy and policy value.
 
     mode: how tokens are generated; "auto" chooses AR, verified or diffusion (`engine.mode_choice`).
@@ -68,6 +73,8 @@ class GenerationParams:
     times or on other requests. Each sequence has passes of its own, a draft has a fixed depth (draft_steps, by default
     1) and length, prompts are read in fixed pieces without the prefix cache, and mode "auto" means verified.
     denoiser: the name of the one to use, in a model with several; None: that of the mode.
+    min_p, repetition_penalty, … skip_special_tokens: see `SamplingFields`
+    and `SamplingLists`.
 
     Raises:
         ArgumentError (a ValueError): names the parameter, its value and the remedy.
@@ -93,8 +100,9 @@ class GenerationParams:
     denoiser: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "stop"):  # a single value means a tuple of one
-            object.__setattr__(self, name, _tuple(getattr(self, name)))
+        object.__setattr__(self, "logit_bias", plain_bias(self.logit_bias))
+        for name in ("eos_token_id", "stop", "bad_words", "stop_token_ids"):  # a single value means a tuple of one
+            object.__setattr__(self, name, as_tuple(getattr(self, name)))
         for name in ("seed", "policy", "policy_value"):  # one value a row: the order counts
             if isinstance(given := getattr(self, name), set):
                 raise ArgumentError(f"{name} is {given!r}, and a set has no order; give a list", param=name)
@@ -104,23 +112,21 @@ class GenerationParams:
         check_whole("block_size", self.block_size, least=1)
         check_whole("steps_per_block", self.steps_per_block, least=1)
         check_whole("mask_token_id", self.mask_token_id, least=0)
-        _number("temperature", self.temperature, None, None)
-        _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
-        _number("acceptance", self.acceptance, 0.0, 1.0)
+        check_number("temperature", self.temperature, None, None)
+        check_number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        check_number("acceptance", self.acceptance, 0.0, 1.0)
         if self.draft_steps is not None:
             check_whole("draft_steps", self.draft_steps, least=0)
-        if not isinstance(self.deterministic, bool):
-            raise ArgumentError(
-                f"deterministic is {self.deterministic!r}; it must be True or False", param="deterministic"
-            )
         if self.denoiser is not None and not isinstance(self.denoiser, str):
             raise ArgumentError(f"denoiser is {self.denoiser!r}; it must be a name, or None", param="denoiser")
+        check_flag("deterministic", self.deterministic)
+        self.check_sampling(self.mode, self.max_new_tokens)
         if self.top_k is not None:
             check_whole("top_k", self.top_k, least=1)
         if self.top_p is not None:
-            _number("top_p", self.top_p, 0.0, 1.0)
+            check_number("top_p", self.top_p, 0.0, 1.0)
         self._check_policies()
-        for seed in () if self.seed is None else _tuple(self.seed):
+        for seed in () if self.seed is None else as_tuple(self.seed):
             check_whole("seed", seed, least=0)
             if seed >= 2**63:
                 raise ArgumentError(f"seed is {seed}; it must be below 2**63", param="seed")
@@ -129,13 +135,13 @@ class GenerationParams:
                 raise ArgumentError(f"stop has {text!r}; each stop must be a non-empty string", param="stop")
 
     def _check_policies(self) -> None:
-        names = _tuple(self.policy)
+        names = as_tuple(self.policy)
         for name in names:
             if not isinstance(name, str) or name not in POLICIES:
                 raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}", param="policy")
         if not names:
             raise ArgumentError("policy is empty; give one policy, or one for each prompt", param="policy")
-        values = _tuple(self.policy_value)
+        values = as_tuple(self.policy_value)
         if len(names) > 1 and len(values) > 1 and len(names) != len(values):
             raise ArgumentError(
                 f"{len(values)} policy values for {len(names)} policies; give one, or one for each",
@@ -145,7 +151,7 @@ class GenerationParams:
             policy = POLICIES[name]
             own = values if len(values) != len(names) else [v for n, v in zip(names, values, strict=True) if n == name]
             for value in own:
-                _number("policy_value", value, policy.low, policy.high, f" ({name}: {policy.value_meaning})")
+                check_number("policy_value", value, policy.low, policy.high, f" ({name}: {policy.value_meaning})")
 
     knob = renamed_attribute("knob", "policy_value")
 
@@ -160,6 +166,9 @@ class GenerationParams:
         stop: str | Sequence[str] | None = None,
         policy: str | Sequence[str] = "threshold",
         policy_value: float | Sequence[float] | None = None,
+        logit_bias: Mapping[int, float] | LogitBias | None = None,
+        bad_words: str | Sequence[str] | None = None,
+        stop_token_ids: int | Sequence[int] | None = None,
         **values: Unpack[RowIndependent],
     ) -> GenerationParams:
         """Makes parameters from the wider types of the public API."""
@@ -169,9 +178,12 @@ class GenerationParams:
             raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}", param=unknown[0])
         return cls(
             mode=mode,
-            eos_token_id=_tuple(eos_token_id),
-            seed=_tuple(seed) if isinstance(seed, Sequence) else seed,
-            stop=_tuple(stop),
+            eos_token_id=as_tuple(eos_token_id),
+            seed=as_tuple(seed) if isinstance(seed, Sequence) else seed,
+            stop=as_tuple(stop),
+            logit_bias=plain_bias(logit_bias),
+            bad_words=as_tuple(bad_words),
+            stop_token_ids=as_tuple(stop_token_ids),
             policy=tuple(policy) if isinstance(policy, Sequence) and not isinstance(policy, str) else policy,
             policy_value=tuple(policy_value)
             if isinstance(policy_value, Sequence) and not isinstance(policy_value, str)
@@ -191,11 +203,8 @@ class GenerationParams:
             raise ArgumentError(
                 f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}", param="mask_token_id"
             )
-        for token in self.eos_token_id:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
-                raise ArgumentError(
-                    f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}", param="eos_token_id"
-                )
+        check_token_ids("eos_token_id", self.eos_token_id, vocab)
+        self.check_tokens(vocab)
         window = spec.max_position_embeddings
         longest = max(prompt_lengths)
         if longest + self.max_new_tokens > window:
@@ -216,6 +225,11 @@ class GenerationParams:
                 raise ArgumentError(
                     f"{len(given)} {plural} for {len(prompt_lengths)} prompts; give one, or one for each", param=name
                 )
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a row: EOS, unless it is ignored, and the stop tokens."""
+        return tuple(dict.fromkeys((*(() if self.ignore_eos else self.eos_token_id), *self.stop_token_ids)))
 
     @property
     def fixed_draft_depth(self) -> int | None:
@@ -253,29 +267,3 @@ class GenerationParams:
         if self.seed is not None:
             return [self.seed] * rows
         return [int(x) for x in torch.randint(2**62, (rows,))]
-
-
-def _tuple(value: Element | Sequence[Element] | None) -> tuple[Element, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else (value,)
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raises ArgumentError unless the value is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}", param=name)
-
-
-def _number(name: str, value: object, low: float | None, high: float | None, detail: str = "") -> None:
-    """Raises ArgumentError unless low <= value <= high. detail: follows the name in the message."""
-    good = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (low is None or value >= low)
-        and (high is None or value <= high)
-    )
-    if not good:
-        span = "a finite number" if low is None else f"between {low:g} and {high:g}"
-        raise ArgumentError(f"{name}{detail} is {value!r}; it must be {span}", param=name)

@@ -6,6 +6,7 @@ Therefore a row samples the same in any batch and after preemption, and verified
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +35,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float = 0.0
 
 
 class SamplingRule(NamedTuple):
@@ -42,6 +44,7 @@ class SamplingRule(NamedTuple):
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float = 0.0
 
 
 class NoiseKeys(NamedTuple):
@@ -105,14 +108,17 @@ def sample(
     """Chooses token ids (B, L) from logits (B, L, V) at absolute positions (B, L).
 
     purpose, step: one number, or one a row (B, 1). Temperature ≤ 0: the largest logit. Otherwise a Gumbel-max sample of
-    softmax(logits / temperature), filtered by top-k and top-p.
+    softmax(logits / temperature), filtered by min-p, top-k and top-p.
     """
     if sampling.temperature <= 0:
         return logits.argmax(-1)
 
     def gumbel_max(logits: Tensor, seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor) -> Tensor:
         scaled = filtered(
-            logits.double() / max(sampling.temperature, LEAST_TEMPERATURE), sampling.top_k, sampling.top_p
+            logits.double() / max(sampling.temperature, LEAST_TEMPERATURE),
+            sampling.top_k,
+            sampling.top_p,
+            sampling.min_p,
         )
         uniform = noise(seeds, positions[:, None], purpose[:, None], step[:, None], logits.shape[-1])[:, 0]
         return (scaled - torch.log(-torch.log(uniform))).argmax(-1)
@@ -143,12 +149,15 @@ def by_tiles(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -
     return joined
 
 
-def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits in which tokens outside top-k, then outside top-p, are −∞.
+def filtered(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float = 0.0) -> Tensor:
+    """Logits in which tokens outside min-p, then outside top-k, then outside top-p, are −∞.
 
-    Top-k keeps ties of the k-th largest logit. Top-p keeps the smallest set of the most probable remaining tokens whose
+    Min-p keeps tokens with at least p times the probability of the most probable token (Nguyen et al. 2024). Top-k
+    keeps ties of the k-th largest logit. Top-p keeps the smallest set of the most probable remaining tokens whose
     probabilities sum to more than p.
     """
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

@@ -53,7 +53,16 @@ class SequenceOutput:
         cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Tokenizer | None, mode_reason: str = ""
     ) -> SequenceOutput:
         """The output of a new sequence."""
-        progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
+        eos = () if params.ignore_eos else params.eos_token_id
+        progress = RowProgress(
+            params.max_new_tokens,
+            params.end_tokens,
+            params.stop,
+            tokenizer,
+            stop_tokens=tuple(set(params.stop_token_ids) - set(eos)),
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+        )
         return cls(row, params.mode, prompt_tokens, progress, mode_reason)
 
     @property

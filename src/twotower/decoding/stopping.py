@@ -20,8 +20,9 @@ class Detokenizer:
     A character has at most four bytes. So at most a few tokens are decoded at a time, whatever the tokens are.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self.decode = decode_function(tokenizer)
+        self._skip_special = skip_special_tokens
         self._window: list[int] = []  # the last emitted tokens, because decoders treat the first token of a text
         self._emitted = 0  # specially; and from this index on the tokens that are held back
         self._emitted_text = ""  # of the emitted tokens of the window
@@ -78,10 +79,12 @@ class Detokenizer:
         return None
 
     def _is_special(self, token: int) -> bool:
-        return not self._decode([token]) and bool(self.decode([token], skip_special_tokens=False))
+        return (
+            self._skip_special and not self._decode([token]) and bool(self.decode([token], skip_special_tokens=False))
+        )
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self.decode(tokens, skip_special_tokens=True))
+        return str(self.decode(tokens, skip_special_tokens=self._skip_special))
 
 
 def decode_function(tokenizer: Tokenizer) -> Callable[..., str]:
@@ -98,15 +101,32 @@ def decode_function(tokenizer: Tokenizer) -> Callable[..., str]:
 
 
 class RowProgress:
-    """New tokens and text of one row, and the reason why it ended."""
+    """New tokens and text of one row, and the reason why it ended.
 
-    def __init__(self, limit: int, eos: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer | None) -> None:
+    eos: tokens that end the row, which have no text. stop_tokens: those of them that are not EOS. min_tokens: as many
+    new tokens come before a stop string may end. skip_special_tokens: whether the text lacks special tokens.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        eos: Sequence[int],
+        stop: Sequence[str],
+        tokenizer: Tokenizer | None,
+        *,
+        stop_tokens: Sequence[int] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self.limit = limit
         self.eos = frozenset(eos)
         self.stop = tuple(stop)
+        self.stop_tokens, self.min_tokens = frozenset(stop_tokens), min_tokens
+        self.skip_special_tokens = skip_special_tokens
         self.tokenizer = tokenizer
-        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, skip_special_tokens)
         self.tokens: list[int] = []
+        self._too_early = 0  # characters at the beginning of the held text in which no stop string may end
         self._final: list[str] = []  # pieces of text; no stop string can begin in them
         self._held = ""  # decoded; may be the beginning of a stop string
         self.finish_reason: FinishReason | None = "length" if limit == 0 else None
@@ -126,9 +146,10 @@ class RowProgress:
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             self._add_text(self.detokenizer.push(token) if self.detokenizer and token not in self.eos else "")
-            if self.finish_reason is None and token in self.eos:
+            complete_now = token in self.stop_tokens or (complete and count == len(tokens))
+            if self.finish_reason is None and token in self.eos - self.stop_tokens:
                 self.finish_reason = "eos"
-            elif self.finish_reason is None and complete and count == len(tokens):
+            elif self.finish_reason is None and complete_now:
                 self._finish_text()  # no stop string has come: all text is final
                 self.finish_reason = "stop"
                 return count, "".join(self._final[before:])
@@ -141,7 +162,15 @@ class RowProgress:
 
     def taken_again(self) -> RowProgress:
         """A new row that has taken the same tokens, which must not have ended the row."""
-        again = RowProgress(self.limit, tuple(self.eos), self.stop, self.tokenizer)
+        again = RowProgress(
+            self.limit,
+            tuple(self.eos),
+            self.stop,
+            self.tokenizer,
+            stop_tokens=tuple(self.stop_tokens),
+            min_tokens=self.min_tokens,
+            skip_special_tokens=self.skip_special_tokens,
+        )
         again.take(self.tokens)
         return again
 
@@ -150,7 +179,10 @@ class RowProgress:
         if not self.stop:
             self._release(len(self._held))
             return
-        found = [(at, stop) for at, stop in ((self._held.find(stop), stop) for stop in self.stop) if at >= 0]
+        if len(self.tokens) <= self.min_tokens:
+            self._too_early = len(self._held)
+        places = ((self._held.find(stop, max(self._too_early - len(stop) + 1, 0)), stop) for stop in self.stop)
+        found = [(at, stop) for at, stop in places if at >= 0]
         if found:
             at, self.stop_string = min(found)
             self._release(at)
@@ -163,6 +195,7 @@ class RowProgress:
         if count:
             self._final.append(self._held[:count])
             self._held = self._held[count:]
+            self._too_early = max(self._too_early - count, 0)
 
     def _finish_text(self) -> None:
         """Makes held text final, unless a stop string came."""

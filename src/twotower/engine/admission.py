@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from twotower.config import MASK_TOKEN_ID
+from twotower.decoding.logit_rules import bad_word_tokens
 from twotower.decoding.modes import AUTO, BLOCK_MODES
 from twotower.decoding.params import GenerationParams
 from twotower.engine.budget import check_block, check_text
@@ -33,6 +34,7 @@ def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequenc
     params.check_against(model.spec, prompt_lengths)
     if params.mode in BLOCK_MODES:
         check_block(model, params.block_size)
+    bad_word_tokens(params.bad_words, model.tokenizer)  # raises an error
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
     if block_rule(model_for(model, params)).one_pass:

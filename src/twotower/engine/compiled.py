@@ -2,7 +2,8 @@
 
 A call embeds, runs the layers and the head, chooses tokens at temperature 0, appends to the state and commits it
 (`runners/decode_pass.py`). The results are those of `context_step` and `denoiser_step`, whose passes run wherever a
-method here returns None: other devices and dtypes, temperatures above 0, log-probabilities, grammars, other policies.
+method here returns None: other devices and dtypes, temperatures above 0, log-probabilities, grammars, rules
+for logits, other policies.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ class CompiledPasses:
             return False
         own_rule = POLICIES["threshold"].rule is threshold
         return own_rule and all(
-            s.policy == "threshold" and s.rule.temperature <= 0 and not s.request.watched for s in sequences
+            s.policy == "threshold" and s.rule.temperature <= 0 and not s.request.watched and not s.changes_logits
+            for s in sequences
         )
 
     def launch_blocks(
@@ -324,7 +326,10 @@ def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
     return all(entry.sampled == sampled and not entry.wants_logprobs for entry in scheduled) and (
         not sampled
         or all(
-            s.rule.temperature <= 0 and s.matcher is None and (s.acceptance >= 1 or s.keeps_draft)
+            s.rule.temperature <= 0
+            and s.matcher is None
+            and not s.changes_logits
+            and (s.acceptance >= 1 or s.keeps_draft)
             for s in (entry.sequence for entry in scheduled)
         )
     )

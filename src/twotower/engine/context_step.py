@@ -13,7 +13,7 @@ from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.acceptance import accept
 from twotower.decoding.output import BlockEvent, TokenLogprob
 from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, sample_rows
-from twotower.engine import one_pass
+from twotower.engine import changed_logits, one_pass
 from twotower.engine.constraint_masks import advance, mask_logits
 from twotower.engine.logprobs import LogprobRequest, PendingLogprobs, numbers_of
 from twotower.engine.row_constants import RowConstants
@@ -211,6 +211,7 @@ def _choose(
     """
     tokens, device, width = read.tokens, logits.device, read.tokens.shape[1]
     allowed = mask_logits(scheduled, logits)
+    logits = changed_logits.for_reading(scheduled, logits)
     sequences = [entry.sequence for entry in scheduled]
 
     def before() -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from twotower.cache.pools import ContextView
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, sample_rows
+from twotower.engine import changed_logits
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of
@@ -23,6 +24,7 @@ def launch(
     device = view.lengths.device
     pending = to_device_async([[sequence.pending] for sequence in sequences], device)
     logits = model.denoise(pending, None, view, causal=True, upcast_logits=False)
+    logits = changed_logits.for_pending(sequences, logits)
 
     def keys() -> NoiseKeys:
         seeds = at(constants.seeds, slots_of(sequences, constants.rows, device))

@@ -20,6 +20,7 @@ from twotower.decoding.block_rule import noise_level
 from twotower.decoding.output import StepEvent
 from twotower.decoding.sampling import DIFFUSION_CANDIDATE, NoiseKeys, sample_rows
 from twotower.decoding.unmasking import Pass
+from twotower.engine import changed_logits
 from twotower.engine.commit import commit_rows
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
@@ -111,6 +112,7 @@ class OpenBlocks:
             self._tell(sequences[0], tokens, t, logits)
         logits = logits[:, : width - shift]
         _bar_mask_token(sequences, logits, constants, slots)
+        logits = changed_logits.for_blocks(sequences, logits, tokens, masked, self.shift)
 
         def keys() -> NoiseKeys:
             positions = view.lengths[:, None] + torch.arange(shift, width, device=self.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from twotower.decoding.block_rule import RELEASED, BlockRule
 from twotower.decoding.draft_controller import DraftController
 from twotower.decoding.draft_planner import DraftPlanner
+from twotower.decoding.logit_rules import LogitRules
 from twotower.decoding.output import BlockEvent, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.sampling import SamplingRule
@@ -153,7 +154,8 @@ class RunningSequence:
     def __post_init__(self) -> None:
         self.params: GenerationParams = self.request.params
         self.mode = self.output.mode
-        self.rule = SamplingRule(self.params.temperature, self.params.top_k, self.params.top_p)
+        self.rule = SamplingRule(self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
+        self.logit_rules = LogitRules.of(self.params, self.request.prompt, self.output.progress.tokenizer)
         self.text = [*self.request.prompt, *self.written] if self.written else self.request.prompt
         # Whether a block begins with the pending token. If not, the state holds the whole text when a block opens.
         self.begins_with_text = self.block_rule.begins_with_text(self.mode)
@@ -202,6 +204,11 @@ class RunningSequence:
     def one_pass(self) -> bool:
         """Whether each pass checks the last draft and makes the next one."""
         return self.block_rule.one_pass
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a rule of `LogitRules` can change the next token."""
+        return self.logit_rules is not None and self.logit_rules.active(len(self.output.progress.tokens))
 
     @property
     def open_predictions(self) -> int:
@@ -268,4 +275,9 @@ def charge(sequences: Sequence[RunningSequence], started: float) -> None:
 
 
 def _matcher(request: Request) -> Matcher | None:
-    return None if request.constraint is None else request.constraint.matcher(request.params.eos_token_id)
+    params = request.params
+    return (
+        None
+        if request.constraint is None
+        else request.constraint.matcher(() if params.ignore_eos else params.eos_token_id)
+    )
