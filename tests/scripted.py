@@ -15,7 +15,8 @@ TOKENS = 3  # of an event
 class ScriptedLLM(AsyncLLM):
     """Answers the prompt of a request with `reply(prompt)`, a few tokens in an event.
 
-    A request with a constraint goes to the real engine, because the constraint decides its text.
+    A request with a constraint goes to the real engine, because the constraint decides its text. So does a request that
+    ignores EOS, because its length decides.
     """
 
     def __init__(self, llm: LLM, reply: Callable[[str], str]) -> None:
@@ -27,7 +28,7 @@ class ScriptedLLM(AsyncLLM):
         tokenizer = self.llm.model.tokenizer
         assert tokenizer is not None
         self.prompts.append(tokenizer.decode(request.prompt, skip_special_tokens=False))
-        if request.constraint is not None:
+        if request.constraint is not None or request.params.ignore_eos:
             return super().subscribe(request, callback)
         text = self.reply(self.prompts[-1])
         left = [*tokenizer(text, add_special_tokens=False)["input_ids"], *request.params.eos_token_id[:1]]

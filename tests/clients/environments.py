@@ -38,7 +38,9 @@ def command(group: str, folder: Path) -> list[str]:
             subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--silent"], cwd=target, check=True)
         else:
             subprocess.run([sys.executable, "-m", "venv", target], check=True)
-            install = [target / "bin" / "pip", "install", "--quiet", "-r", source / "requirements.txt"]
+            lock = source / "requirements.txt"
+            alone = ["--no-deps"] if lock.read_text().startswith("# without dependencies") else []
+            install = [target / "bin" / "pip", "install", "--quiet", *alone, "-r", lock]
             subprocess.run(install, check=True)
         stamp.write_text(digest)
     if is_npm(group):

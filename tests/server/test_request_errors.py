@@ -57,6 +57,7 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
         (SCHEMA, {"mode": "verified"}),
         ({"type": "json_object"}, {"mode": "diffusion"}),
         ({"type": "json_object"}, {"mode": "mock_ar"}),
+        ({"type": "regex", "regex": "a", "schema": {}}, {}),
     ],
     "mode": [("fast", {})],
     "threshold": [(2, {}), (0.5, {"mode": "ar"})],
@@ -92,6 +93,39 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     ],
     "parallel_tool_calls": [("yes", {}), (1, {})],
     "chat_template_kwargs": [([], {}), ("x", {})],
+    "denoiser": [(5, {}), ("unknown", {})],
+    "min_p": [(2, {}), ("1", {})],
+    "repetition_penalty": [(0, {}), (1000, {})],
+    "frequency_penalty": [(3, {})],
+    "presence_penalty": [(-2.5, {})],
+    "logit_bias": [
+        ({"9": 101}, {}),
+        ({"x": 1}, {}),
+        ({"99999": 1}, {}),
+        ({"-1": 1}, {}),
+        ({str(token): 1 for token in range(5000)}, {}),
+        ([1], {}),
+    ],
+    "bad_words": [
+        ([""], {"mode": "ar"}),
+        (["o"] * 300, {"mode": "ar"}),
+        (["o" * 300], {}),
+        (["o"], {"mode": "diffusion"}),
+        (["o"], {"mode": "auto"}),
+    ],
+    "stop_token_ids": [([99999], {}), ([-1], {}), ([5] * 300, {})],
+    "min_tokens": [(-1, {}), (30, {"max_tokens": 20})],
+    "ignore_eos": [(1, {})],
+    "skip_special_tokens": [("no", {})],
+    "best_of": [(1, {"n": 2}), (3, {"stream": True}), (65, {}), (0, {})],
+    "guided_json": [("{", {"mode": "ar"}), (5, {}), ({"type": "nonsense"}, {"mode": "ar"})],
+    "guided_regex": [("(", {"mode": "ar"}), ("a" * 5000, {}), ("a", {"mode": "diffusion"})],
+    "guided_choice": [([], {}), (["b"], {"guided_regex": "a"}), ([""], {"mode": "ar"})],
+    "guided_grammar": [("nonsense", {"mode": "ar"})],
+    "guided_decoding_backend": [(5, {})],
+    "grammar": [("root ::= (", {"mode": "ar"}), ("root ::= other", {"mode": "ar"})],
+    "json_schema": [({"type": "nonsense"}, {"mode": "ar"})],
+    "structured_outputs": [({}, {}), ({"regex": "a", "choice": ["b"]}, {}), ({"regex": "("}, {"mode": "ar"})],
 }
 # Names of Python parameters, types and libraries, which mean nothing to an HTTP client.
 INTERNAL = re.compile(
@@ -130,6 +164,14 @@ BAD_PARAMETERS: dict[str, list[Any]] = {
     "top_p": [2], "seed": [-1, 2**63], "stop": [[""], 5], "block_size": [0], "steps_per_block": [0],
     "mask_token_id": [-1, 10**6], "confidence_threshold": [2], "policy": ["unknown", ()], "policy_value": [-1],
     "draft_steps": [-1], "acceptance": [-1], "deterministic": [1], "eos_token_id": [10**6, "x"],
+    "denoiser": [5, "unknown"],
+    "min_p": [1.5, None], "repetition_penalty": [0.0, float("nan"), 1e300], "frequency_penalty": [2.5],
+    "presence_penalty": [float("-inf")], "bad_words": [[""], ["  "], [5], ["e" * 300], ["e"] * 300],
+    "logit_bias": [
+        {5: 101}, {5: float("nan")}, {5: 10**400}, {"x": 1}, {-1: 1}, {10**30: 1}, {True: 1}, 5, [5],
+        dict.fromkeys(range(5000), 1),
+    ],
+    "stop_token_ids": [[99999], ["a"]], "min_tokens": [-1, 5, 1.5], "ignore_eos": [1], "skip_special_tokens": ["no"],
 }  # fmt: skip
 
 
@@ -159,7 +201,7 @@ def test_a_bad_part_of_a_request_is_named(name: str, values: list[Any]) -> None:
         assert error.value.param == name, value
 
 
-@pytest.mark.parametrize("kind", ["json_schema", "regex", "grammar"])
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "choice", "grammar"])
 def test_a_bad_constraint_names_its_kind(kind: str) -> None:
     for value in ("(", "\ud800", 5):
         with pytest.raises(ArgumentError) as error:

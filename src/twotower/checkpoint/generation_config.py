@@ -24,7 +24,7 @@ _NOT_SAMPLING = {
     "transformers_version",
     "use_cache",
 }
-_SAMPLING = ("temperature", "top_p", "top_k")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _WITHOUT_EFFECT: tuple[object, ...] = (None, False, 0, 1, "", [])  # values that switch an unsupported setting off
 
 
@@ -57,20 +57,20 @@ class GenerationDefaults:
         return eos if self.eos_token_id is None else self.eos_token_id
 
     def sampling(self) -> dict[str, object]:
-        """temperature, top_p and top_k of the file, as arguments of `GenerationParams.of`.
+        """The values of `_SAMPLING` in the file, as arguments of `GenerationParams.of`.
 
         As in transformers, `do_sample: false` means temperature 0.
 
         Raises:
             ConfigError: a value is not allowed.
         """
-        if self.values.get("do_sample") is False:
-            return {"temperature": 0.0}
         found = {name: self.values[name] for name in _SAMPLING if self.values.get(name) is not None}
         for name, value in found.items():
             words, allowed = _ALLOWED[name]
             if isinstance(value, bool) or not isinstance(value, int | float) or not allowed(value):
                 raise ConfigError(f"{self.file}: {name} is {value!r}; it must be {words}")
+        if self.values.get("do_sample") is False:
+            return {"temperature": 0.0} | {k: v for k, v in found.items() if k == "repetition_penalty"}
         if found.get("top_k") == 0:
             found["top_k"] = None
         return found
@@ -92,6 +92,8 @@ class GenerationDefaults:
 _ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("a finite number of at least 0", lambda value: 0 <= value < math.inf),
     "top_p": ("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+    "min_p": ("a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": ("a number from 0.01 to 100", lambda value: 0.01 <= value <= 100),
     "top_k": ("a whole number of at least 0", lambda value: isinstance(value, int) and value >= 0),
 }
 

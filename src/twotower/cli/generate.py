@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 WATCHABLE_MODES = ("diffusion", "verified")  # modes with denoising passes to show
 # The modes that use an option; all modes use the other options.
 OPTION_MODES = {**MODES_OF_FIELD, **dict.fromkeys(("watch", "trace"), WATCHABLE_MODES)}
-SAMPLING_ONLY = ("seed", "top_k", "top_p")
+SAMPLING_ONLY = ("seed", "top_k", "top_p", "min_p")
 
 
 @click.command()
@@ -121,8 +121,8 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     "--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="Seed of sampling.  [default: random, and printed]"
 )
 @models.denoiser_option
+@models.sampling_options
 @models.deterministic_option
-@click.option("--stop", multiple=True, metavar="TEXT", help="Stop string: end before this text. Can be repeated.")
 @click.option("--watch", is_flag=True, help="Show each denoising pass on stderr.")
 @click.option(
     "--trace",
@@ -147,7 +147,7 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(models.SamplingOptions):
     """The options of one command line. given: the names of the options that it names."""
 
     given: frozenset[str]
@@ -169,7 +169,6 @@ class GenerateOptions:
     seed: int | None
     denoiser: str | None
     deterministic: bool
-    stop: tuple[str, ...]
     watch: bool
     trace: Path | None
     as_json: bool
@@ -188,9 +187,9 @@ class GenerateOptions:
             "top_p": self.top_p,
             # A missing seed is drawn here, so that it can be printed and used again.
             "seed": secrets.randbits(31) if self.seed is None else self.seed,
-            "stop": self.stop,
             "deterministic": self.deterministic,
             "denoiser": self.denoiser,
+            **self.sampling(),
         }
         if self.mode not in BLOCK_MODES:
             return shared

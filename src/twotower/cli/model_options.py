@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
@@ -15,8 +16,11 @@ from twotower.decoding.modes import COMPARED_SETTINGS
 from twotower.process import configure_process
 
 if TYPE_CHECKING:
+    from twotower.decoding.params import Parameters
     from twotower.model.towers import TowerSet
     from twotower.modeling_twotower import TwoTowerForCausalLM
+
+Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def check_plan(_: click.Context, __: click.Parameter, plan: str | None) -> str | None:
@@ -175,3 +179,116 @@ def status(text: str) -> Iterator[None]:
     with status_line() as update:
         update(text)
         yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """The values of the options of `sampling_options`."""
+
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    bad_word: tuple[str, ...]
+    stop_token_id: tuple[int, ...]
+    min_tokens: int
+    ignore_eos: bool
+    special_tokens: bool
+    stop: tuple[str, ...]
+
+    def sampling(self) -> Parameters:
+        """The options as keyword arguments of `model.stream`."""
+        return {
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": self.logit_bias,
+            "bad_words": self.bad_word,
+            "stop_token_ids": self.stop_token_id,
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": not self.special_tokens,
+            "stop": self.stop,
+        }
+
+
+def _bias(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, float], ...]:
+    found = []
+    for text in values:
+        token, _, bias = text.partition("=")
+        try:
+            found.append((int(token), float(bias)))
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not TOKEN=BIAS; give two numbers, such as 42=-5") from None
+    return tuple(found)
+
+
+SAMPLING_OPTIONS = (
+    click.option(
+        "--min-p",
+        metavar="P",
+        type=click.FloatRange(0, 1),
+        default=0.0,
+        help="Sample among the tokens with at least P times the probability of the most likely token.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        metavar="X",
+        type=click.FloatRange(0.01, 100),
+        default=1.0,
+        help="Divide positive logits of tokens of the prompt and the text by X, and multiply negative ones.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        metavar="X",
+        type=click.FloatRange(-2, 2),
+        default=0.0,
+        help="Subtract X from the logit of a token for each time that the text has it.",
+    ),
+    click.option(
+        "--presence-penalty",
+        metavar="X",
+        type=click.FloatRange(-2, 2),
+        default=0.0,
+        help="Subtract X from the logits of tokens that the text has.",
+    ),
+    click.option(
+        "--logit-bias",
+        metavar="TOKEN=BIAS",
+        multiple=True,
+        callback=_bias,
+        help="Add BIAS, from -100 to 100, to the logit of the token with this id. Can be repeated.",
+    ),
+    click.option(
+        "--bad-word",
+        metavar="TEXT",
+        multiple=True,
+        help="AR, verified, mock-AR: a word that the text does not have. Can be repeated.",
+    ),
+    click.option(
+        "--stop-token-id",
+        metavar="ID",
+        multiple=True,
+        type=click.IntRange(min=0),
+        help="End at the token with this id too. Can be repeated.",
+    ),
+    click.option(
+        "--min-tokens",
+        metavar="N",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Do not end before N new tokens.",
+    ),
+    click.option("--ignore-eos", is_flag=True, help="Do not end at EOS."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="Stop string: end before this text. Can be repeated."),
+    click.option("--special-tokens", is_flag=True, help="Print special tokens as text too."),
+)
+
+
+def sampling_options(command: Command) -> Command:
+    """Adds options for penalties, biases and ends of the text, which vLLM has too, to a command."""
+    for option in reversed(SAMPLING_OPTIONS):
+        command = option(command)
+    return command

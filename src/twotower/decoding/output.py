@@ -27,15 +27,15 @@ class Generation:
     """The result of one row.
 
     tokens: new tokens, up to and including EOS or the token that completed a stop string. text: without special
-    tokens and without the stop string or stop token ("" if the model has no tokenizer). stop_string: the one
-    that ended the row, or "". committed_at: the denoising pass, from 0, that committed each token in its block. denoiser_passes, context_passes: passes of each tower for
-    this row, without the prefill. In verified decoding: drafts is the number of rounds with a draft, drafted the
-    tokens in them, accepted the accepted ones, rejected the number of drafts with a token that AR did not accept.
-    mode_reason: why mode "auto" chose this mode. cached_tokens: prompt tokens from the prefix cache.
-    decode_seconds: from the end of the prefill to the end of the row. error: the error of a request with
-    finish_reason "error"; error_param: the parameter of the request that caused the error, if one did. logprobs,
-    prompt_logprobs: of each new token and of each prompt token (None for the first), if the request asked for them;
-    else empty.
+    tokens and without the stop string or stop token ("" if the model has no tokenizer). stop_string: the one that
+    ended the row, or "". committed_at: the denoising pass, from 0, that committed each token in its block.
+    denoiser_passes, context_passes: passes of each tower for this row, without the prefill. In verified decoding:
+    drafts is the number of rounds with a draft, drafted the tokens in them, accepted the accepted ones, rejected
+    the number of drafts with a token that AR did not accept. mode_reason: why mode "auto" chose this mode.
+    cached_tokens: prompt tokens from the prefix cache. decode_seconds: from the end of the prefill to the end of
+    the row. error: the error of a request with finish_reason "error"; error_param: the parameter of the request
+    that caused the error, if one did. logprobs, prompt_logprobs: of each new token and of each prompt token (None
+    for the first), if the request asked for them; else empty.
     """
 
     mode: Mode

@@ -39,6 +39,7 @@ class RowIndependent(SamplingFields, total=False):
     confidence_threshold: float
     draft_steps: int | None
     acceptance: float
+    deterministic: bool
     denoiser: str | None
 
 

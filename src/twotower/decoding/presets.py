@@ -18,10 +18,11 @@ from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES
 from twotower.errors import ArgumentError
 
-WHOLE = ("block_size", "steps_per_block", "draft_steps", "top_k", "seed")
-FLAGS = ("deterministic",)
+WHOLE = ("block_size", "steps_per_block", "draft_steps", "top_k", "seed", "min_tokens")
+FLAGS = ("deterministic", "ignore_eos")
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+NUMBERS = ("temperature", "top_p", "min_p", "acceptance", "confidence_threshold", *PENALTIES)
 NAMES = ("denoiser",)
-NUMBERS = ("temperature", "top_p", "acceptance", "confidence_threshold")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class SamplingFields(TypedDict, total=False):
     multiplied. frequency_penalty: subtracted from a token's logit for each time that the new text has it.
     presence_penalty: subtracted once from the logits of tokens that the new text has.
     min_tokens: new tokens before a token or a stop string may end the row. ignore_eos: EOS does not end a row.
-    skip_special_tokens: the text lacks special tokens. deterministic: see `GenerationParams`.
+    skip_special_tokens: the text lacks special tokens.
     """
 
     min_p: float
@@ -41,7 +41,6 @@ class SamplingFields(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     skip_special_tokens: bool
-    deterministic: bool
 
 
 class SamplingLists(TypedDict, total=False):
@@ -63,20 +62,22 @@ def plain_bias(given: object) -> LogitBias:
     Raises:
         ArgumentError: the biases have another form, an id is not a whole number, or a bias is out of range.
     """
-    items: Iterable[object] = given.items() if isinstance(given, Mapping) else given if _is_pairs(given) else ()
-    if given is not None and not isinstance(given, Mapping) and not _is_pairs(given):
-        words = f"logit_bias is a {type(given).__name__}; give a mapping of token ids to numbers, such as {{42: -5}}"
+    if isinstance(given, Mapping):
+        items: Iterable[Sequence[object]] = given.items()
+    elif given is None or isinstance(given, tuple | list):
+        items = [pair for pair in given or () if isinstance(pair, tuple | list) and len(pair) == 2]
+    if given is not None and (not isinstance(given, Mapping | tuple | list) or len(list(items)) != len(given)):
+        words = f"logit_bias is {repr(given)[:40]}; give a mapping of token ids to numbers, such as {{42: -5}}"
         raise ArgumentError(words, param="logit_bias")
     out: dict[int, float] = {}
-    for item in items:
-        assert isinstance(item, tuple | list)
-        token, bias = item
+    for token, bias in items:
         if isinstance(token, str) and token.isascii() and token.isdecimal() and len(token) < 20:
             token = int(token)
         if not isinstance(token, int) or isinstance(token, bool):
             words = f"logit_bias has the key {str(token)[:40]!r}; the keys are token ids, which are whole numbers"
             raise ArgumentError(words, param="logit_bias")
         check_number("logit_bias", bias, -LARGEST_BIAS, LARGEST_BIAS, f" of token {token}")
+        assert isinstance(bias, int | float)
         out[token] = float(bias)
     if len(out) > MOST_BIASES:
         words = f"logit_bias has {len(out)} tokens; at most {MOST_BIASES} are allowed, so remove some"
@@ -84,8 +85,8 @@ def plain_bias(given: object) -> LogitBias:
     return tuple(sorted((token, bias) for token, bias in out.items() if bias))
 
 
-def _is_pairs(given: object) -> bool:
-    return isinstance(given, tuple | list) and all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in given)
+class SamplingArguments(SamplingFields, SamplingLists, total=False):
+    """Keyword arguments of the `generate_*` methods that all of them have."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,8 @@ class Constraint:
     """A constraint on a text, usable for any number of requests.
 
     Give exactly one of: json_schema (an object, or its JSON text), json_object (any JSON object), regex (must match the
-    whole text), grammar (in llguidance's Lark notation). thinking: reasoning that the text may begin with; the
+    whole text), choice (the texts that are possible), grammar (in llguidance's Lark notation, or in llama.cpp's GBNF).
+    thinking: reasoning that the text may begin with; the
     constraint applies to the text after it. exemption: texts that are not constrained, such as tool calls.
 
     Raises:
@@ -47,11 +48,13 @@ class Constraint:
         json_schema: Mapping[str, object] | str | None = None,
         json_object: bool = False,
         regex: str | None = None,
+        choice: Sequence[str] | None = None,
         grammar: str | None = None,
         thinking: Thinking | None = None,
         exemption: Exemption | None = None,
     ) -> None:
-        given = {"json_schema": json_schema, "json_object": json_object or None, "regex": regex, "grammar": grammar}
+        given: dict[str, object] = {"json_schema": json_schema, "json_object": json_object or None}
+        given |= {"regex": regex, "choice": choice, "grammar": grammar}
         kinds = [kind for kind, value in given.items() if value is not None]
         if len(kinds) != 1:
             raise ArgumentError(f"a constraint has {' and '.join(kinds) or 'nothing'}; give one of {', '.join(given)}")
@@ -60,7 +63,7 @@ class Constraint:
         llguidance, tables = _library(), _tables(tokenizer)
         compiled = _compiled(llguidance.LLMatcher, self.kind, self.source)
         if (thinking or exemption) and tokenizer is not None:
-            is_lark = self.kind == "grammar"
+            is_lark = self.kind in ("choice", "grammar")
             body = {"lark_grammar": compiled} if is_lark else json.loads(compiled)["grammars"][0]
             compiled = composed(body, thinking, exemption, tokenizer)
         problem, said = llguidance.LLMatcher.validate_grammar_with_warnings(
@@ -197,10 +200,14 @@ def _tables(tokenizer: Tokenizer | None) -> LLTokenizer:
 
 def _compiled(matcher: type[LLMatcher], kind: str, source: object) -> str:
     """The constraint in llguidance's own format."""
+    if kind == "choice":
+        return str(matcher.grammar_from_lark(_choice_grammar(source)))
     if kind in ("regex", "grammar"):
         if not isinstance(source, str):
             raise ArgumentError(f"{kind} is a {type(source).__name__}; give a string", param=kind)
         _encode(kind, source)
+        if kind == "grammar" and "::=" in source:
+            source = _from_gbnf(source)
         return str(matcher.grammar_from_regex(source) if kind == "regex" else matcher.grammar_from_lark(source))
     schema = {"type": "object"} if kind == "json_object" else source
     try:
@@ -217,6 +224,26 @@ def _compiled(matcher: type[LLMatcher], kind: str, source: object) -> str:
         return str(matcher.grammar_from_json_schema(schema))
     except ValueError as error:  # an integer of more than 64 bits
         raise ArgumentError(f"{kind} cannot be used: {_one_line(str(error))}; change it", param=kind) from None
+
+
+def _choice_grammar(texts: object) -> str:
+    """A grammar of these texts, in Lark's notation."""
+    good = isinstance(texts, Sequence) and not isinstance(texts, str) and texts
+    if not isinstance(texts, Sequence) or not good or not all(isinstance(text, str) and text for text in texts):
+        raise ArgumentError(f"choice is {repr(texts)[:60]}; give a list of non-empty texts", param="choice")
+    for text in texts:
+        _encode("choice", text)
+    return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+
+
+def _from_gbnf(source: str) -> str:
+    """A grammar in Lark's notation from one in GBNF."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark(source))
+    except Exception as error:  # the converter raises plain exceptions
+        raise ArgumentError(f"grammar is not GBNF: {_one_line(str(error))}; change it", param="grammar") from None
 
 
 def _refuse(constant: str) -> None:

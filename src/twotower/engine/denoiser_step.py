@@ -110,9 +110,8 @@ class OpenBlocks:
         logits = denoise(tokens, t, view, lengths=lengths, upcast_logits=False)
         if self.callback is not None:
             self._tell(sequences[0], tokens, t, logits)
-        logits = logits[:, : width - shift]
-        _bar_mask_token(sequences, logits, constants, slots)
-        logits = changed_logits.for_blocks(sequences, logits, tokens, masked, self.shift)
+        logits = _without_mask_token(sequences, logits[:, : width - shift], constants, slots)
+        logits = changed_logits.for_blocks(sequences, logits, tokens, masked, shift)
 
         def keys() -> NoiseKeys:
             positions = view.lengths[:, None] + torch.arange(shift, width, device=self.device)
@@ -224,13 +223,14 @@ class PendingDenoise(NamedTuple):
             sequence.step_events.append(event)
 
 
-def _bar_mask_token(
+def _without_mask_token(
     sequences: Sequence[RunningSequence], logits: Tensor, constants: RowConstants, slots: Tensor | None
-) -> None:
-    """Sets the logit of each row's mask token to −∞ in logits (n, S, V), in place."""
+) -> Tensor:
+    """The logits (n, S, V), in which the logit of each row's mask token is now −∞."""
     tokens = {sequence.params.mask_token_id for sequence in sequences}
     if len(tokens) == 1:
         logits[..., tokens.pop()] = -torch.inf
     else:
         index: Any = at(constants.mask_token, slots)[..., None].expand(-1, logits.shape[1], -1)
         logits.scatter_(2, index, -torch.inf)
+    return logits

@@ -102,7 +102,8 @@ def generate_like_transformers(
     prompts = inputs if inputs is not None else input_ids
     if prompts is None:
         raise ArgumentError("generate: no input_ids; give a (batch, length) tensor of token ids", param="input_ids")
-    known = {"max_new_tokens", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "seed"}
+    known = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id"}
+    known |= {"pad_token_id", "seed"}
     kwargs["generation_config"] = generation_config
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:

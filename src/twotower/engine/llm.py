@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 from twotower.cache.prefix_cache import PrefixCache
+from twotower.decoding.checks import check_whole
 from twotower.decoding.output import Event, Generation
-from twotower.decoding.params import DEFAULT_BLOCK_SIZE, check_whole
+from twotower.decoding.params import DEFAULT_BLOCK_SIZE
 from twotower.engine import admission
 from twotower.engine.budget import check_engine, memory_for, needs_of, rows_that_fit
 from twotower.engine.core import EngineCore

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Unpack
 
 from torch import Tensor
 
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import Prompts
+from twotower.decoding.sampling_fields import SamplingArguments
 from twotower.deprecation import renamed_argument
 
 
@@ -41,6 +43,7 @@ class PublishedMethods:
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
         deterministic: bool = False,
+        **sampling: Unpack[SamplingArguments],
     ) -> Tensor:
         """Autoregressive decoding with the context tower, one token a pass → prompt + new tokens (B, S + n)."""
         params = GenerationParams.of(
@@ -53,6 +56,7 @@ class PublishedMethods:
             seed=seed,
             stop=stop,
             deterministic=deterministic,
+            **sampling,
         )
         return self._generate(input_ids, params, attention_mask)
 
@@ -70,6 +74,7 @@ class PublishedMethods:
         stop: str | Sequence[str] | None = None,
         deterministic: bool = False,
         denoiser: str | None = None,
+        **sampling: Unpack[SamplingArguments],
     ) -> Tensor:
         """Decoding with the denoiser as a next-token predictor, without t → prompt + new tokens (B, S + n)."""
         params = GenerationParams.of(
@@ -83,6 +88,7 @@ class PublishedMethods:
             stop=stop,
             deterministic=deterministic,
             denoiser=denoiser,
+            **sampling,
         )
         return self._generate(input_ids, params, attention_mask)
 
@@ -108,6 +114,7 @@ class PublishedMethods:
         denoiser: str | None = None,
         policy: str | Sequence[str] | None = None,
         policy_value: float | Sequence[float] | None = None,
+        **sampling: Unpack[SamplingArguments],
     ) -> Tensor:
         """Masked diffusion, block by block → prompt + new tokens (B, S + n).
 
@@ -133,6 +140,7 @@ class PublishedMethods:
             denoiser=denoiser,
             policy="threshold" if policy is None else policy,
             policy_value=policy_value,
+            **sampling,
         )
         return self._generate(input_ids, params, attention_mask, step_callback)
 
@@ -157,6 +165,7 @@ class PublishedMethods:
         denoiser: str | None = None,
         policy: str | Sequence[str] | None = None,
         policy_value: float | Sequence[float] | None = None,
+        **sampling: Unpack[SamplingArguments],
     ) -> Tensor:
         """The denoiser drafts a block, the context tower verifies it in one pass → prompt + new tokens (B, S + n).
 
@@ -181,5 +190,6 @@ class PublishedMethods:
             denoiser=denoiser,
             policy="threshold" if policy is None else policy,
             policy_value=policy_value,
+            **sampling,
         )
         return self._generate(input_ids, params, attention_mask)

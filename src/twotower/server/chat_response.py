@@ -43,12 +43,12 @@ class ChatResponseBuilder(ChunkBuilder):
 
     def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []
-        for choice, result in zip(self.choices, results, strict=True):
+        for index, choice, result in self._returned(results):
             reply = Reply.of(self._readers[choice.index].take(result.tokens, result.text, last=True))
             logprobs = self._logprobs(choice, result.logprobs, result.text, True) if self.request.logprobs else None
             choices.append(
                 ChatChoice(
-                    index=choice.index,
+                    index=index,
                     message=message_of(reply),
                     logprobs=logprobs,
                     finish_reason=_finish_reason(result, bool(reply.calls)),
@@ -78,9 +78,10 @@ class ChatResponseBuilder(ChunkBuilder):
 
     def _logprobs(self, choice: Choice, scores: Iterable[TokenLogprob], text: str, last: bool) -> ChatLogprobs:
         """Log-probabilities of the tokens of the content that are final. See `ContentLogprobs`."""
-        eos = choice.engine_request.params.eos_token_id
+        params = choice.engine_request.params
         contents = self._contents.setdefault(
-            choice.index, ContentLogprobs(self.tokenizer, eos, choice.strip_leading_space)
+            choice.index,
+            ContentLogprobs(self.tokenizer, params.end_tokens, choice.strip_leading_space, params.skip_special_tokens),
         )
         content = []
         for score in contents.take(scores, text, last):

@@ -92,9 +92,15 @@ class ChoiceBuilder:
         values = self._values(request, mode, (*request.stop_strings, *prompts.stops), settings)
         seed = _seed(request, mode, settings)
         logprobs, prompt_logprobs = request.logprob_counts
+        if request.choice_count > request.returned_count and logprobs is None:
+            logprobs = 0  # of the new tokens, to rank the texts
         choices: list[Choice] = []
         for given, prompt in zip(sources, prompts.tokens, strict=True):
-            values["max_new_tokens"] = self._new_tokens(request, len(prompt), settings.limits)
+            values["max_new_tokens"] = most = self._new_tokens(request, len(prompt), settings.limits)
+            if request.min_tokens is not None and request.min_tokens > most:
+                field = request.length_field or "max_tokens"
+                words = f"min_tokens is {request.min_tokens}, and the text has at most {most} new tokens"
+                raise RequestError(f"{words}; lower min_tokens or raise {field}", param="min_tokens")
             engine_requests = [
                 EngineRequest(
                     prompt,
@@ -174,7 +180,8 @@ class ChoiceBuilder:
         if mode not in ("ar", AUTO) and self._ar_only:
             words = f"mode is {mode}; this server has only the context tower, so use mode ar"
             raise RequestError(words, param="mode" if request.mode else None)
-        if request.constrained and request.mode is None and mode not in CONSTRAINT_MODES:
+        by_token = request.constrained or request.bad_words
+        if by_token and request.mode is None and mode not in CONSTRAINT_MODES:
             return self._structured_mode
         return mode
 
@@ -232,8 +239,9 @@ def _check_count(request: GenerationRequest, limits: Limits) -> None:
         raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
     if (count := prompts * request.choice_count) > limits.choices:
         raise RequestError(
-            f"the request has {count} choices; this server allows at most {limits.choices}, so reduce n or the prompts",
-            param="n",
+            f"the request has {count} choices; this server allows at most {limits.choices}, so reduce "
+            f"{request.count_field} or the prompts",
+            param=request.count_field,
         )
 
 

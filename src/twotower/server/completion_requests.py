@@ -8,31 +8,41 @@ from typing import Annotated
 from pydantic import Field
 
 from twotower.server.conversation import Conversation, ToolUse
-from twotower.server.format_schemas import ResponseFormat, StreamOptions
+from twotower.server.format_schemas import StreamOptions
 from twotower.server.message_schemas import Message
 from twotower.server.request_errors import RequestError
 from twotower.server.request_schemas import MAX_MESSAGES, MAX_PROMPTS, BaseRequest, ChatRequest, StopText, TokenIds
+from twotower.server.sampling_schemas import FormatFields
 from twotower.server.strict_model import JsonInteger
 from twotower.server.tool_schemas import ToolChoice, ToolList, tool_use
 
 
-class OpenAIRequest(BaseRequest):
+class OpenAIRequest(FormatFields, BaseRequest):
     """Fields of completions and of chat completions."""
 
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="Strings that end the text. The text stops before the first of them."
     )
     n: JsonInteger = Field(1, ge=1, le=64, description="Number of choices for each prompt.")
+    best_of: JsonInteger | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Generate this many texts, and return the n with the largest mean AR log-probability.",
+    )
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
 
     @property
     def choice_count(self) -> int:
+        return max(self.best_of or 0, self.n)
+
+    @property
+    def returned_count(self) -> int:
         return self.n
 
     @property
-    def text_format(self) -> ResponseFormat | None:
-        return self.response_format
+    def count_field(self) -> str:
+        return "n" if self.best_of is None else "best_of"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -48,6 +58,13 @@ class OpenAIRequest(BaseRequest):
 
     def check_mode(self, mode: str) -> None:
         super().check_mode(mode)
+        self.check_formats()
+        if self.best_of is not None and self.best_of < self.n:
+            words = f"best_of is {self.best_of} and n {self.n}; best_of texts are generated, so raise it or lower n"
+            raise RequestError(words, param="best_of")
+        if self.stream and self.choice_count > self.n:
+            words = f"best_of is {self.best_of} with stream: true; the best texts are known at the end, so omit one"
+            raise RequestError(words, param="best_of")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true; set stream or omit it", param="stream_options")
 

@@ -25,14 +25,12 @@ class CompletionResponseBuilder(ChunkBuilder):
 
     def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []
-        for choice, result in zip(self.choices, results, strict=True):
+        for index, choice, result in self._returned(results):
             logprobs = None
             if self.request.logprobs is not None:
                 logprobs = self._logprobs(choice, result.prompt_logprobs, result.logprobs)
             text = choice.echo + result.text
-            choices.append(
-                CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, result))
-            )
+            choices.append(CompletionChoice(index=index, text=text, logprobs=logprobs, **self._end(choice, result)))
         return to_json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
 
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
@@ -50,7 +48,9 @@ class CompletionResponseBuilder(ChunkBuilder):
         self, choice: Choice, prompt: Sequence[TokenLogprob | None], new: Sequence[TokenLogprob]
     ) -> CompletionLogprobs:
         """Log-probabilities of the prompt of a choice, with `echo`, and of its next tokens."""
-        text_offsets = self._offsets.setdefault(choice.index, TextOffsets(self.tokenizer, choice.echo))
+        params = choice.engine_request.params
+        offsets = TextOffsets(self.tokenizer, choice.echo, params.end_tokens, params.skip_special_tokens)
+        text_offsets = self._offsets.setdefault(choice.index, offsets)
         out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         for place, score in enumerate((*prompt, *new)):
             token = choice.engine_request.prompt[0] if score is None else score.token

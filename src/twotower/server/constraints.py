@@ -43,6 +43,7 @@ def build_constraint(
             json_schema=None if response_format.json_schema is None else response_format.json_schema.json_schema,
             json_object=response_format.type == "json_object",
             regex=response_format.regex,
+            choice=response_format.choice,
             grammar=response_format.grammar,
             thinking=thinking,
             exemption=exemption,

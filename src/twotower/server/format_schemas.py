@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field, model_validator
 from twotower.server.strict_model import StrictModel
 
 # Characters of a format. The time to compile a regular expression, also in a grammar, grows with the square.
-MAX_FORMAT_SIZE = {"json_schema": 2**16, "regex": 2**12, "grammar": 2**14}
+MAX_FORMAT_SIZE = {"json_schema": 2**16, "regex": 2**12, "choice": 2**14, "grammar": 2**14}
+MAX_CHOICES = 1024
 
 
 class StreamOptions(StrictModel):
@@ -37,23 +38,47 @@ class JsonSchema(StrictModel):
 class ResponseFormat(StrictModel):
     """Format of the text: text (no constraint), json_object or json_schema.
 
-    Beyond the OpenAI API: regex (a regular expression) and grammar (a Lark grammar). Formats other than text need mode
-    ar or verified.
+    Beyond the OpenAI API: regex (a regular expression), choice (a list of texts) and grammar (in Lark's notation or
+    GBNF). As in llama.cpp, json_object and json_schema may have a schema. Formats other than text need mode ar or
+    verified.
     """
 
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    type: Literal["text", "json_object", "json_schema", "regex", "choice", "grammar"]
     json_schema: JsonSchema | None = None
     regex: str | None = None
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=MAX_CHOICES)
     grammar: str | None = None
+    own_schema: dict[str, object] | None = Field(default=None, alias="schema")
+
+    @classmethod
+    def of(cls, kind: str, value: object) -> ResponseFormat:
+        """A format from another field of a request.
+
+        Raises:
+            ValueError: The format is too long.
+        """
+        made = cls.model_construct(_fields_set=None, type=kind)
+        if kind != "json_object":
+            setattr(made, kind, JsonSchema.model_construct(json_schema=value) if kind == "json_schema" else value)
+        check_size(kind, value)
+        return made
 
     @model_validator(mode="after")
     def _check_type(self) -> Self:
-        for part in ("json_schema", "regex", "grammar"):
+        if self.own_schema is not None:
+            if self.type not in ("json_object", "json_schema") or self.json_schema is not None:
+                raise ValueError('has "schema" beside another format; omit one of them')
+            self.type, self.json_schema = "json_schema", JsonSchema(schema=self.own_schema)
+        for part in ("json_schema", "regex", "choice", "grammar"):
             if (getattr(self, part) is not None) != (self.type == part):
                 raise ValueError(f'must have "{part}" if and only if "type" is "{part}"')
         if self.json_schema is not None and self.json_schema.json_schema is None:
             raise ValueError('must have a "schema" in "json_schema"')
-        given = self.json_schema.json_schema if self.json_schema is not None else self.regex or self.grammar
+        given = (
+            self.json_schema.json_schema if self.json_schema is not None else self.regex or self.grammar or self.choice
+        )
         check_size(self.type, given)
         return self
 

@@ -67,14 +67,21 @@ class ReplyReader:
     """Reads one reply. strip_leading_space: whether white space before the content is left out."""
 
     def __init__(
-        self, reply_format: ReplyFormat, tokenizer: TokenizerAdapter, eos: Collection[int], strip_leading_space: bool
+        self,
+        reply_format: ReplyFormat,
+        tokenizer: TokenizerAdapter,
+        eos: Collection[int],
+        strip_leading_space: bool,
+        *,
+        special_tokens_in_text: bool = False,
     ) -> None:
         self._thinking: Parser = PlainText()
         if reply_format.reasoning:
             self._thinking = ThinkingParser(reply_format.opening == "open")
         self._calls = reply_format.call_parser()
         self._tokenizer, self._eos = tokenizer, eos
-        self._markers = tokenizer.special_markers(reply_format.markers)
+        self._markers = {} if special_tokens_in_text else tokenizer.special_markers(reply_format.markers)
+        self._skip_special = not special_tokens_in_text
         self._marked_text = MarkedText(tokenizer, eos, self._markers) if self._markers else None
         self._stripping = strip_leading_space
         self._reasons = reply_format.reasoning
@@ -108,7 +115,7 @@ class ReplyReader:
         end = "".join(self._marked).find(END)
         if end < 0:
             return len(tokens)
-        offsets, count, inserted = TextOffsets(self._tokenizer, eos=self._eos), 0, 0
+        offsets, count, inserted = TextOffsets(self._tokenizer, "", self._eos, self._skip_special), 0, 0
         for token in tokens:
             if offsets.span(token)[0] + inserted >= end:
                 break

@@ -5,7 +5,18 @@ from __future__ import annotations
 from twotower.decoding.output import Generation
 from twotower.errors import ArgumentError, LengthError, TwoTowerError
 
-CONSTRAINT_FIELDS = ("response_format", "tool_choice", "tools")
+CONSTRAINT_FIELDS = (
+    "response_format",
+    "tool_choice",
+    "tools",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "grammar",
+    "json_schema",
+)
 MAX_MESSAGE_LENGTH = 1000  # a message may repeat a part of the request
 
 

@@ -15,7 +15,8 @@ from twotower.decoding.modes import MODES_OF_FIELD, Mode
 from twotower.server.conversation import Conversation, ToolUse
 from twotower.server.format_schemas import ResponseFormat
 from twotower.server.request_errors import RequestError
-from twotower.server.strict_model import JsonInteger, StrictModel, same_json
+from twotower.server.sampling_schemas import SAMPLING_FIELDS, SamplingFields
+from twotower.server.strict_model import JsonInteger, same_json
 
 # Bounds of what the server reads before it knows how many tokens a request has.
 MAX_MESSAGES = 4096
@@ -41,16 +42,13 @@ PARAMETER_OF_FIELD = {
     "deterministic": "deterministic",
     "denoiser": "denoiser",
     "top_k": "top_k",
+    **{name: name for name in SAMPLING_FIELDS},
 }
 FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}
 
 # Unsupported field of the OpenAI API → the values that turn it off, beside null.
 UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "best_of": (1,),
     "suffix": ("",),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (False, True),
@@ -70,7 +68,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
 }
 
 
-class BaseRequest(StrictModel):
+class BaseRequest(SamplingFields):
     """Fields of all endpoints. `GenerationParams` documents the decoding fields, which the other APIs lack."""
 
     # Field that is not supported → the values that turn it off, beside null.
@@ -201,8 +199,18 @@ class BaseRequest(StrictModel):
 
     @property
     def choice_count(self) -> int:
-        """Number of choices for each prompt."""
+        """Number of texts to generate for each prompt."""
         return 1
+
+    @property
+    def returned_count(self) -> int:
+        """Number of texts to return for each prompt, those with the largest mean AR log-probability."""
+        return 1
+
+    @property
+    def count_field(self) -> str:
+        """Name of the field that sets `choice_count`."""
+        return "n"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -96,8 +96,14 @@ class ResponseBuilder:
 
     def _reader(self, choice: Choice) -> ReplyReader:
         """A reader of the reply of a choice."""
-        eos = choice.engine_request.params.eos_token_id
-        return ReplyReader(choice.reply_format, self.tokenizer, eos, choice.strip_leading_space)
+        params = choice.engine_request.params
+        return ReplyReader(
+            choice.reply_format,
+            self.tokenizer,
+            params.end_tokens,
+            choice.strip_leading_space,
+            special_tokens_in_text=not params.skip_special_tokens,
+        )
 
     def _denoising(self, choice: Choice, event: StepEvent) -> DenoisingStep:
         """The block after a denoising pass."""
@@ -179,6 +185,17 @@ class ChunkBuilder(ResponseBuilder):
         yield sse_event(json.dumps(error.body()).encode())
         yield DONE_EVENT
 
+    def _returned(self, results: Sequence[Generation]) -> list[tuple[int, Choice, Generation]]:
+        """The texts of the response, each with its index. With `best_of`, the best n of each prompt, best first."""
+        each, returned = self.request.choice_count, self.request.returned_count
+        found: list[tuple[Choice, Generation]] = []
+        for start in range(0, len(results), each):
+            texts = list(zip(self.choices[start : start + each], results[start : start + each], strict=True))
+            if each > returned:
+                texts.sort(key=lambda text: -text[1].mean_logprob)
+            found += texts[:returned]
+        return [(index, *text) for index, text in enumerate(found)]
+
     def event_chunk(self, choice: Choice, event: Event) -> bytes | None:
         """The chunk of an event; None: the event adds nothing yet."""
         if isinstance(event, StepEvent):
@@ -212,7 +229,7 @@ class ChunkBuilder(ResponseBuilder):
 
     def _usage_so_far(self) -> Usage:
         """The tokens of all choices up to this chunk. Passes are counted at the end."""
-        prompts = self.choices[:: self.request.n]
+        prompts = self.choices[:: self.request.choice_count]
         read = sum(len(choice.engine_request.prompt) for choice in prompts)
         written = sum(self._written.values())
         return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
@@ -224,8 +241,8 @@ class ChunkBuilder(ResponseBuilder):
         return {"finish_reason": FINISH_REASONS[result.finish_reason], "decoding": self._decoding(choice, result)}
 
     def _usage(self, results: Sequence[Generation]) -> Usage:
-        """The usage of all choices. A prompt counts once, for any number of choices."""
-        prompts = results[:: self.request.n]
+        """The usage of all generated texts. A prompt counts once, for any number of texts."""
+        prompts = results[:: self.request.choice_count]
         read, written = sum(result.prompt_tokens for result in prompts), sum(len(result.tokens) for result in results)
         passes = sum(result.passes for result in results)
         return Usage(

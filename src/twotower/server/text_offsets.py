@@ -14,11 +14,19 @@ class TextOffsets:
     """Computes where each token of a text lies in the text: the prompt's tokens first, then the new ones.
 
     A token without text, or with a part of a character, starts where the next token starts. echo: the prompt, if the
-    text begins with it. eos: tokens that end a text without a text of their own.
+    text begins with it. eos: tokens that end a text without a text of their own. skip_special_tokens: whether the new
+    text lacks special tokens.
     """
 
-    def __init__(self, tokenizer: TokenizerAdapter, echo: str = "", eos: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenizerAdapter,
+        echo: str = "",
+        eos: Collection[int] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer, self._echo, self._eos = tokenizer, echo, frozenset(eos)
+        self._skip_special = skip_special_tokens
         self._detokenizer = Detokenizer(tokenizer.tokenizer)
         self._length = 0
         self._in_prompt = True
@@ -37,7 +45,7 @@ class TextOffsets:
         """Start and end of the next new token, in characters."""
         if self._in_prompt:
             self._in_prompt = False
-            self._detokenizer = Detokenizer(self._tokenizer.tokenizer)
+            self._detokenizer = Detokenizer(self._tokenizer.tokenizer, self._skip_special)
             self._length = len(self._echo)
         before = self._length
         if token not in self._eos:
@@ -52,9 +60,15 @@ class ContentLogprobs:
     text is final.
     """
 
-    def __init__(self, tokenizer: TokenizerAdapter, eos: Collection[int], strip_leading_space: bool) -> None:
-        self._tokenizer = tokenizer
-        self._offsets = TextOffsets(tokenizer, eos=eos)
+    def __init__(
+        self,
+        tokenizer: TokenizerAdapter,
+        eos: Collection[int],
+        strip_leading_space: bool,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer, self._eos, self._skip_special = tokenizer, frozenset(eos), skip_special_tokens
+        self._offsets = TextOffsets(tokenizer, "", eos, skip_special_tokens)
         self._waiting: deque[tuple[TokenLogprob, int, int]] = deque()
         self._stripping = strip_leading_space
         self._skipped = 0  # characters before the content
@@ -75,9 +89,13 @@ class ContentLogprobs:
         while self._waiting and (last or self._is_final(*self._waiting[0][1:])):
             score, start, end = self._waiting.popleft()
             visible = end > self._skipped if end > start else start >= self._skipped
-            if visible and start < self._final and self._tokenizer.special_text(score.token) is None:
+            if visible and start < self._final and not self._is_hidden(score.token):
                 ready.append(score)
         return ready
+
+    def _is_hidden(self, token: int) -> bool:
+        skipped = self._skip_special and self._tokenizer.special_text(token) is not None
+        return skipped or token in self._eos
 
     def _span(self, token: int) -> tuple[int, int]:
         """The place of a token, without the incomplete characters that the text has before the token."""
