@@ -114,12 +114,13 @@ class TwoTowerForCausalLM(PublishedMethods, TwoTowerModel, PreTrainedModel):
             ArgumentError: the model has no denoiser of this name, or a single one.
         """
         view = super().with_denoiser(name)
-        if view.workspace is self.workspace:  # a new view
-            view.workspace = Workspace()
-            if view.context is not self.context:
-                attach_runners(view.context)
         view._tokenizer, view.generation_defaults = self._tokenizer, self.generation_defaults
         return view
+
+    def _prepare_view(self, view: TwoTowerForCausalLM) -> None:
+        view.workspace = Workspace()
+        if view.context is not self.context:
+            attach_runners(view.context)
 
     # --- weights ------------------------------------------------------------------------------------------------
 

@@ -164,9 +164,14 @@ def test_the_commands(made: Folders, joined: Path, cli: Callable[..., Result]) -
     page = cli("info", out).out
     for words in ("full: for mode diffusion, mock_ar", "short: used by its name only", "adapters: its own weights"):
         assert words in page
+    lines = [json.dumps({"prompt": "ab", "denoiser": name, "mode": "diffusion"}) for name in (*made, "none")]
+    (joined.parent / "prompts.jsonl").write_text("\n".join(lines))
+    assert cli("batch", joined.parent / "prompts.jsonl", "-m", out, "-o", out / "answers", "-n", 6).code == 0
+    answers = [json.loads(line) for line in (out / "answers").read_text().splitlines()]
+    assert "denoiser is 'none'; this model has the denoisers" in answers.pop()["error"]
     texts = [cli("generate", "ab", "-m", out, "-n", 6, "--denoiser", name, "--dtype", "float32").out for name in made]
     alone = [cli("generate", "ab", "-m", path, "-n", 6, "--dtype", "float32").out for path in made.values()]
-    assert texts == alone
+    assert texts == alone == [answer["text"] + "\n" for answer in answers]
 
 
 def test_wrong_commands_are_one_line_each(made: Folders, joined: Path, cli: Callable[..., Result]) -> None:
@@ -192,6 +197,9 @@ def test_wrong_commands_are_one_line_each(made: Folders, joined: Path, cli: Call
     ):
         assert_one_line_error(cli(*arguments), words)
         assert not out.exists()
+    done = cli("serve", "-m", joined, "--port", 0, "--setting", "verified:denoiser=x")  # it says first what is missing
+    assert done.code == 2
+    assert "Error: denoiser is 'x'; this model has the denoisers adapters, full and short" in done.err
 
 
 def test_other_context_towers_are_refused(made: Folders, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -155,6 +156,9 @@ def test_the_weights_of_a_view_are_those_of_the_model() -> None:
     context = dict(model.context.named_parameters())
     for name, parameter in view.context.named_parameters():
         assert name not in context or parameter is context[name]
+    with ThreadPoolExecutor(4) as pool:
+        views = list(pool.map(copy.deepcopy(model).with_denoiser, "ab" * 8))
+    assert len(set(map(id, views))) == 2
     model.to(torch.float64)
     assert view.dtype == torch.float64
     expected = made["a"].to(torch.float64)

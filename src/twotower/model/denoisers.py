@@ -8,7 +8,8 @@ context tower. No pass changes a module, so passes of different denoisers may fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from operator import eq
 from typing import TypeVar
 
@@ -108,27 +109,32 @@ def parts_of(denoisers: nn.ModuleList) -> list[DenoiserParts]:
 
 
 class Views:
-    """The models with one of several denoisers alone, made on demand. A copy or pickle is empty."""
+    """The models with one of several denoisers alone, made on demand, in any thread. A copy or pickle is empty."""
 
     def __init__(self) -> None:
         self._made: dict[str, tuple[nn.Module, Structure]] = {}
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Views], tuple[()]]:
         return Views, ()
 
-    def of(self, model: Model, name: str) -> Model:
-        """The view of a model with the denoiser of this name, made anew if modules were replaced."""
-        view, structure = self._made.get(name, (None, None))
-        if structure is None or not structure.is_current():
-            self.release()  # of the old view too
-            view, structure = _view(model, name), Structure(model)
-            self._made[name] = view, structure
+    def of(self, model: Model, name: str, prepare: Callable[[Model], None]) -> Model:
+        """The view of a model with the denoiser of this name, made anew if modules were replaced.
+
+        prepare: called with a new view. An engine may still use an old one, which therefore keeps its data.
+        """
+        with self._lock:
+            view, structure = self._made.get(name, (None, None))
+            if structure is None or not structure.is_current():
+                view = _view(model, name)
+                prepare(view)
+                self._made[name] = view, Structure(model)
         assert isinstance(view, type(model))
         return view
 
     def release(self) -> None:
         """Frees what the runners and the generation of views have prepared."""
-        for view, _ in self._made.values():
+        for view, _ in list(self._made.values()):
             release = view.release
             assert callable(release)
             release()

@@ -83,7 +83,10 @@ class TwoTowerModel(nn.Module):
         several.check_known(name)
         if not self.denoisers:
             raise TwoTowerError(NO_DENOISER)
-        return self._views.of(self, name)
+        return self._views.of(self, name, self._prepare_view)
+
+    def _prepare_view(self, view: Self) -> None:
+        """Completes a new view of `with_denoiser`."""
 
     def towers(self) -> Iterator[Tower]:
         """The context tower, then the denoiser towers that the model has."""
