@@ -27,7 +27,7 @@ NEMOTRON = {
     "eos_token_id": [2, 11],
     "temperature": 0.6,
     "top_p": 0.95,
-    "repetition_penalty": 1.1,
+    "length_penalty": 1.1,
     "transformers_version": "4.55.4",
 }
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -164,11 +164,11 @@ def test_generation_config_of_the_server(checkpoint: Path, tmp_path: Path, capsy
     assert sampling_defaults(model, None) == {"temperature": 0.6, "top_p": 0.95}
     said = capsys.readouterr().err
     assert "temperature 0.6, top_p 0.95" in said
-    assert "repetition_penalty has no effect" in said
+    assert "length_penalty has no effect" in said
     assert sampling_defaults(model, "none") == {}
     other = tmp_path / "other.json"
-    other.write_text('{"top_k": 20, "temperature": null}')
-    assert sampling_defaults(model, str(other)) == {"top_k": 20}
+    other.write_text('{"top_k": 20, "temperature": null, "repetition_penalty": 1.2, "min_p": 0.1}')
+    assert sampling_defaults(model, str(other)) == {"top_k": 20, "repetition_penalty": 1.2, "min_p": 0.1}
     assert model_loading.eos_of(model) == (2, 11)  # the given file has none
     other.write_text('{"eos_token_id": 5}')
     assert sampling_defaults(model, str(other)) == {}
@@ -212,7 +212,7 @@ def test_info_shows_values_and_their_files(checkpoint: Path, cli: Cli) -> None:
         "eos_token_id": [2, 11],
         "eos_source": "generation_config.json",
         "sampling": {"temperature": 0.6, "top_p": 0.95},
-        "unused": ["repetition_penalty"],
+        "unused": ["length_penalty"],
         "chat_template": "chat_template.jinja",
         "chat_templates": ["brief"],
         "mask_token_id": 3,
