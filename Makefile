@@ -76,10 +76,10 @@ bench: .venv/.installed-dev
 report: .venv/.installed-dev
 	$(BIN)/twotower report -o report
 
-# About four hours on two CPU cores; continues where it was interrupted.
+# About four hours on one CPU core; continues where it was interrupted.
 bundled-model: .venv/.installed-dev
 	@test -n "$(TWOTOWER_DATA)" || { echo "set TWOTOWER_DATA to the folder that holds corpora/sgd_dialogues"; exit 2; }
-	$(BIN)/python -m twotower.recipes.small $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled --processes 2
+	$(BIN)/python -m twotower.recipes.adapters $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("twotower needs Python 3.11 or later; this is %d.%d. Set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

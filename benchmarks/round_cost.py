@@ -30,7 +30,7 @@ from common.timing import TimedCall, interleaved
 from peers import WEIGHTS
 from rich.table import Table
 
-from twotower import TwoTowerForCausalLM, model_loading
+from twotower import TwoTowerForCausalLM, bundled_model, model_loading
 from twotower.decoding.params import GenerationParams
 from twotower.engine.generation import generate
 from twotower.evaluation.machine import machine_facts, machine_summary
@@ -134,7 +134,7 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
 
 
 @click.command()
-@click.option("--model", "path", type=DIRECTORY, required=True, help="A checkpoint with adapters.")
+@click.option("--model", "path", type=DIRECTORY, default=None, help="[default: bundled/adapters]")
 @click.option("--weights", type=click.Choice(list(WEIGHTS)), multiple=True, default=["float32"], show_default=True)
 @click.option("--width", "widths", type=int, multiple=True, default=(2, 4, 6, 8, 12, 16), show_default=True)
 @click.option("--prompt", default=64, show_default=True, help="Tokens of the prompt.")
@@ -144,13 +144,14 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
 @QUICK
 @JSON
 def main(
-    path: Path, weights: tuple[str, ...], widths: tuple[int, ...], prompt: int, tokens: int, rounds: int,
+    path: Path | None, weights: tuple[str, ...], widths: tuple[int, ...], prompt: int, tokens: int, rounds: int,
     threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures one checkpoint, with one kind of weights after the other."""
     start(threads)
     if quick:
         prompt, tokens, rounds = 8, 12, 2
+    path = path or bundled_model("adapters")
     results = [measure(path, kind, widths, prompt, tokens, rounds) for kind in weights]
     publish("round_cost", {"model": str(path), "measured": results}, (t for f in results for t in tables(f)), as_json)
 

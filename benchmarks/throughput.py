@@ -225,15 +225,19 @@ def requests_at_once(
     path: Path | None, device: str, dtype: str, at_once: tuple[int, ...], modes: str, texts: int, context: int,
     tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Many requests at once, with the bundled model or another model trained on the suite's texts."""
+    """Many requests at once, with bundled/small or another model trained on the suite's texts."""
     start(threads)
     chosen = names(modes, DECODING, "--modes")
     if at_once[0] != 1:
         at_once = (1, *at_once)
     if quick:
         at_once, texts, context, tokens, rounds = (1, 3), 3, 24, 36, 1
-    source = model_loading.source_of(None if path is None else str(path))
+    source = model_loading.source_of("bundled/small" if path is None else str(path))
     model = model_loading.load_model(source, dtype=dtype, context_device=device)
+    if model.denoiser is None:
+        raise click.UsageError(
+            f"{source}: its denoiser is adapters, and the roofline is that of towers; round_cost.py measures adapters"
+        )
     found = measure(
         model, at_once=at_once, modes=chosen, texts=texts, context=context, tokens=tokens, rounds=rounds,
         progress=lambda text: print(text, file=sys.stderr),

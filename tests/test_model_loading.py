@@ -67,7 +67,7 @@ def test_a_model_that_stays_in_bf16_says_so(cli: Callable[..., Result], monkeypa
 
 def test_deterministic_reaches_the_engine(cli: Callable[..., Result]) -> None:
     plain, repeatable = (
-        json.loads(cli("User: Hi", "-n", "8", "--mode", "auto", "--json", *flags).out)
+        json.loads(cli("User: Hi", "-m", "bundled/small", "-n", "8", "--mode", "auto", "--json", *flags).out)
         for flags in ((), ("--deterministic",))
     )
     assert "deterministic" in repeatable["mode_reason"]
@@ -80,4 +80,4 @@ def test_a_bundled_model_has_a_name(cli: Callable[..., Result]) -> None:
     assert model_loading.name_of(found) == "bundled/small"
     result = cli("info", "bundled/large")
     assert result.code == 2
-    assert "bundled/large: no such bundled model; there are bundled/small" in result.err
+    assert "bundled/large: no such bundled model; there are bundled/adapters, bundled/small" in result.err

@@ -64,9 +64,9 @@ class Exported:
 
 def test_the_bundled_model(tmp_path: Path) -> None:
     """Names, shapes, metadata and values of the format that llama.cpp reads."""
-    made = export_gguf(bundled_model(), tmp_path / "out", dtype="f32")
+    made = export_gguf(bundled_model("small"), tmp_path / "out", dtype="f32")
     file = Exported(tmp_path / "out")
-    model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype=torch.float32)
     context, fields = model.context.state_dict(), model.config.layer_fields
     assert made.architecture == file.architecture == "nemotron_h_moe"
     assert made.bytes == sum(int(tensor.n_bytes) for tensor in file.reader.tensors)
@@ -144,12 +144,12 @@ def check_shared(of: Layer, up: torch.Tensor, down: torch.Tensor) -> None:
 
 
 def test_the_tokenizer_of_the_bundled_model(tmp_path: Path) -> None:
-    shutil.copytree(bundled_model(), tmp_path / "model")
+    shutil.copytree(bundled_model("small"), tmp_path / "model")
     (tmp_path / "model/chat_template.jinja").write_text("{{ messages }}")
     (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [2, 3], "temperature": 0.5}')
     export_gguf(tmp_path / "model", tmp_path / "out")
     file = Exported(tmp_path / "out")
-    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model()).tokenizer
+    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model("small")).tokenizer
     assert tokenizer is not None
     assert file.value("tokenizer.ggml.pre") == "smollm"
     assert file.value("tokenizer.ggml.tokens") == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -194,7 +194,7 @@ def test_dtypes(tmp_path: Path) -> None:
 
 
 def test_heads_have_eight_bits(tmp_path: Path) -> None:
-    export_gguf(bundled_model(), tmp_path / "out", dtype="q4_0")
+    export_gguf(bundled_model("small"), tmp_path / "out", dtype="q4_0")
     file = Exported(tmp_path / "out")
     assert file.kind("token_embd.weight") == file.kind("output.weight") == "Q8_0"
     assert file.kind("blk.0.ssm_in.weight") == "Q4_0"
@@ -314,7 +314,7 @@ def test_the_released_shape(tmp_path: Path) -> None:
     model = build_random_model(pattern, dtype=torch.bfloat16, bos_token_id=1, eos_token_id=2, **RELEASED)
     model.save_pretrained(tmp_path / "two")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(bundled_model() / name, tmp_path / "two")
+        shutil.copy(bundled_model("small") / name, tmp_path / "two")
     made = export_gguf(tmp_path / "two", tmp_path / "out", dtype="q8_0")
     file = Exported(tmp_path / "out")
     assert made.architecture == "nemotron_h_moe"

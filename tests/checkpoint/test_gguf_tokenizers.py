@@ -43,7 +43,7 @@ def test_the_table_of_hashes() -> None:
 
 
 def test_a_tokenizer_that_the_converter_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model()).tokenizer
+    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model("small")).tokenizer
     assert tokenizer is not None
     tokens = tokenizer(known.TEST_TEXT)["input_ids"]
     monkeypatch.setitem(known.OF_HASHES, hashlib.sha256(str(tokens).encode()).hexdigest(), "tekken")

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 Cli = Callable[..., Result]
-FP32 = ("--dtype", "float32")
+FP32 = ("-m", "bundled/small", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,7 @@ def test_calibration_brings_both_towers_closer_to_the_original(problems: Path, t
 
 def test_errors_are_one_line(problems: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     def refused(*arguments: str | Path, said: str) -> None:
-        assert_one_line_error(cli("quantize", "-o", tmp_path / "new", *arguments), said)
+        assert_one_line_error(cli("quantize", bundled_model("small"), "-o", tmp_path / "new", *arguments), said)
 
     refused(
         "--scheme", "int8", "--calibrate", problems, said="--calibrate rounds int4 weights, and --scheme int8 has none"

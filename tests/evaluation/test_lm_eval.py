@@ -48,7 +48,7 @@ def test_lm_eval_finds_the_model_by_name(model: TwoTowerForCausalLM) -> None:
 
     made = get_model("twotower").create_from_arg_string("setting=verified,max_length=64", {"batch_size": "auto:4"})
     assert (made.setting.label, made.max_length, made.rows) == ("verified", 64, 16)
-    assert made.tokenizer_name == f"bundled__{bundled_model('small').name}"
+    assert made.tokenizer_name == f"bundled__{bundled_model().name}"
 
 
 def test_likelihoods_equal_those_of_the_hugging_face_adapter(model: TwoTowerForCausalLM) -> None:
@@ -384,7 +384,8 @@ def test_the_command_line_of_lm_eval_knows_the_model(cli: Callable[..., Result],
 
 def test_a_plus_separates_the_pairs_of_a_plan() -> None:
     """lm-evaluation-harness separates arguments by commas."""
-    assert TwoTowerLM(quantization="experts=int4+rest=int8").model.quantization == "experts=int4,rest=int8"
+    made = TwoTowerLM(str(bundled_model("small")), quantization="experts=int4+rest=int8")
+    assert made.model.quantization == "experts=int4,rest=int8"
     with pytest.raises(ArgumentError, match="'experts=int5' in 'experts=int5,rest=int8' is not valid"):
         TwoTowerLM(quantization="experts=int5+rest=int8")
 

@@ -82,7 +82,7 @@ def test_coarser_weights_diverge_more(model: TwoTowerForCausalLM) -> None:
 
 
 def test_the_command_prints_and_writes_a_report(text: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
-    small = ("--scheme", "int4", "--text", text, "--tokens", "1024", "-n", "1")
+    small = (bundled_model("small"), "--scheme", "int4", "--text", text, "--tokens", "1024", "-n", "1")
     result = cli("quantize", "-o", tmp_path / "a", *small, "--report", tmp_path / "cost.json", "--json")
     assert result.code == 0, result.err
     shown, stored = json.loads(result.out)["report"], json.loads((tmp_path / "cost.json").read_text())

@@ -138,10 +138,10 @@ def compare(
 @pytest.mark.timeout(3600)
 def test_the_bundled_model(tmp_path: Path) -> None:
     """llama.cpp with its defaults writes the texts of `generate_ar` in fp32, but for near ties."""
-    model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype=torch.float32)
     assert model.tokenizer is not None
     prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(PROMPTS)]
-    found = compare(bundled_model(), tmp_path, tuple(DTYPES), prompts, greedy(model, prompts, NEW))
+    found = compare(bundled_model("small"), tmp_path, tuple(DTYPES), prompts, greedy(model, prompts, NEW))
     for dtype in ("f32", "f16"):
         assert not found[dtype].others
     assert found["f32"].equal >= 0.9 * PROMPTS
@@ -172,8 +172,8 @@ def test_smollm2(tmp_path: Path) -> None:
     convert(file, tmp_path / "smollm2", mask_token="<jupyter_output>", dtype="bfloat16")
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "smollm2", dtype=torch.float32)
     assert model.tokenizer is not None
-    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(8)]  # seconds a text
-    found = compare(tmp_path / "smollm2", tmp_path, ("f32", "f16"), prompts, greedy(model, prompts, 32))
+    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(24)]
+    found = compare(tmp_path / "smollm2", tmp_path, ("f32", "f16"), prompts, greedy(model, prompts, NEW))
     for dtype in ("f32", "f16"):
         assert not found[dtype].others
 
@@ -227,8 +227,8 @@ def assert_same_tokens(folder: Path, tokenizer: TokenizerProtocol, marks: bool =
 
 
 def test_tokens_of_the_bundled_model(tmp_path: Path) -> None:
-    export_gguf(bundled_model(), tmp_path / "out")
-    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model()).tokenizer
+    export_gguf(bundled_model("small"), tmp_path / "out")
+    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model("small")).tokenizer
     assert tokenizer is not None
     assert_same_tokens(tmp_path / "out", tokenizer)
 

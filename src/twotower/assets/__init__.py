@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUNDLED = "small"  # the model of commands without --model
+BUNDLED = "adapters"  # the model of commands without --model
 FOLDER = Path(__file__).parent
 
 

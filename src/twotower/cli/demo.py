@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower import model_loading
+from twotower.assets import bundled_model
 from twotower.cli import model_options as models
 from twotower.cli.terminal import console_on
 from twotower.decoding.modes import BLOCK_MODES, MODES
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 PROMPT = "User: I am looking for a place to eat.\nAssistant:"
+# Of the bundled model with adapters: structured text, where drafts are long.
+JSON_PROMPT = (
+    "Json: Tom | day, member, job, phone, seats, age | Tom has joined the club. A table for 6, says Tom. Tom has the "
+    "number 555-0176. On Sunday, Tom is free. Tom is a doctor. =>"
+)
 NEW_TOKENS = 64
 THRESHOLD = 0.8  # the threshold of the published results
 ADAPTER_THRESHOLD = 0.95  # with adapters, whose confidences are higher
@@ -42,13 +48,14 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
     this run. Passes are those of both towers, without the prefill.
     """
     loaded, source = models.load_text_model(model, "there is no text to show; choose another model", threads=threads)
+    prompt = JSON_PROMPT if source == bundled_model("adapters") else PROMPT
     console = console_on("stdout")
     if not as_json:
         console.print(model_summary(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
-        show_run(loaded)
-    results = measure_modes(loaded)
+        show_run(loaded, prompt)
+    results = measure_modes(loaded, prompt)
     if as_json:
-        facts = {"prompt": PROMPT, "model": str(source), **model_loading.placement(loaded)}
+        facts = {"prompt": prompt, "model": str(source), **model_loading.placement(loaded)}
         modes = [figures_of(result) | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
         from twotower.json_text import to_json
 
@@ -108,42 +115,42 @@ def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
     return shared
 
 
-def show_run(model: TwoTowerForCausalLM) -> None:
+def show_run(model: TwoTowerForCausalLM, prompt: str) -> None:
     """Shows one run, which is not measured."""
     from twotower.cli.watch import Watcher, make_view
     from twotower.engine.towers import block_rule, model_of_mode
     from twotower.tokenizer import require_tokenizer
 
     if not sys.stdout.isatty():
-        click.echo(PROMPT + "\n")
+        click.echo(prompt + "\n")
     mode, tokenizer = shown_mode(model), require_tokenizer(model.tokenizer)
-    view = make_view("stdout", PROMPT, keep=True)
+    view = make_view("stdout", prompt, keep=True)
     with Watcher(tokenizer, model.config.mask_token, view, mode, block_rule(model_of_mode(model, mode))) as watcher:
-        events = model.stream(PROMPT, mode, step_callback=watcher.callback, **stream_arguments(model, mode))
+        events = model.stream(prompt, mode, step_callback=watcher.callback, **stream_arguments(model, mode))
         for _ in watcher.watch(events):
             pass
     click.echo()
 
 
-def measure_modes(model: TwoTowerForCausalLM) -> dict[str, Generation]:
+def measure_modes(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Generation]:
     """The run of median speed of each mode. The modes run in turn, so that other load affects all of them."""
     for mode in MODES:  # warms up
-        generate_once(model, mode, 8)
+        generate_once(model, prompt, mode, 8)
     runs: dict[str, list[Generation]] = {mode: [] for mode in MODES}
     started = time.perf_counter()
     for done in range(ROUNDS):
         if done and (time.perf_counter() - started) * (done + 1) / done > SECONDS:
             break
         for mode in MODES:
-            runs[mode].append(generate_once(model, mode))
+            runs[mode].append(generate_once(model, prompt, mode))
     return {mode: sorted(some, key=lambda one: one.tokens_per_second)[len(some) // 2] for mode, some in runs.items()}
 
 
-def generate_once(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_TOKENS) -> Generation:
+def generate_once(model: TwoTowerForCausalLM, prompt: str, mode: str, new_tokens: int = NEW_TOKENS) -> Generation:
     """Generates once and returns the result."""
     result, arguments = None, stream_arguments(model, mode)
     arguments["max_new_tokens"] = new_tokens
-    for event in model.stream(PROMPT, mode, **arguments):
+    for event in model.stream(prompt, mode, **arguments):
         result = event.result or result
     assert result is not None
     return result

@@ -45,14 +45,19 @@ def _short(title: str) -> str:
 
 def training(records: list[Figures]) -> Iterator[str]:
     """Table of the stages: steps, tokens and the last validation."""
-    yield "| stage | steps | tokens | of them targets | held-out NLL, nats a token |"
+    yield "| stage | steps | tokens | of them targets | held-out text |"
     yield "|---|---|---|---|---|"
     for stage in dict.fromkeys(record["stage"] for record in records):
         own = [record for record in records if record["stage"] == stage]
         tokens, targets = (sum(record[name] for record in own) / 1e6 for name in ("tokens", "targets"))
         last = next(record["validation"] for record in reversed(own) if "validation" in record)
-        nll = f"{last['nll']:.3f}" if "nll" in last else f"{last['masked_nll']:.3f} masked, AR {last['ar_nll']:.3f}"
-        yield f"| {stage} | {own[-1]['step']:,} | {tokens:.1f} M | {targets:.1f} M | {nll} |"
+        if "draft_tokens" in last:
+            found = f"{last['draft_tokens']:.2f} tokens a round"
+        elif "nll" in last:
+            found = f"{last['nll']:.3f} nats"
+        else:
+            found = f"{last['masked_nll']:.3f} nats masked, AR {last['ar_nll']:.3f}"
+        yield f"| {stage} | {own[-1]['step']:,} | {tokens:.1f} M | {targets:.1f} M | {found} |"
 
 
 def dialogues(figures: Figures) -> Iterator[str]:
@@ -62,9 +67,7 @@ def dialogues(figures: Figures) -> Iterator[str]:
     yield "|---" * (len(columns) + 1) + "|"
     rows: dict[str, Callable[[Figures], str]] = {
         "tokens per pass": lambda f: f"{f['tokens_per_pass']:.2f}",
-        "the context tower's NLL of the text, nats a token": lambda f: (
-            f"{f['nll_per_token']:.3f} ({f['nll_ratio']:.2f}×)"
-        ),
+        "NLL by the context tower, nats": lambda f: f"{f['nll_per_token']:.3f} ({f['nll_ratio']:.2f}×)",
         "repeated 4-grams": lambda f: f"{f['repeated_4grams']:.1%}",
         "ended by EOS": lambda f: f"{f['ended_by_eos']:.1%}",
     }
@@ -80,7 +83,8 @@ def problems(figures: Figures) -> Iterator[str]:
     right = " | ".join(f"{title} right" for title in map(_short, answering))
     yield f"| family | {right} | tokens per pass: {' | '.join(map(_short, counted))} |"
     yield "|---" * (len(answering) + len(counted) + 1) + "|"
-    for family in figures["ar"]["accuracy"]:
+    families = list(figures["ar"]["accuracy"])
+    for family in families[: 1 if len(families) == 2 else None]:  # of one family, the last row would be the same again
         cells = [f"{of['accuracy'][family]:.1%}" for of in answering.values()]
         cells += [f"{of['tokens_per_pass'][family]:.2f}" for of in counted.values()]
         yield f"| {family} | " + " | ".join(cells) + " |"

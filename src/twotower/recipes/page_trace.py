@@ -1,6 +1,6 @@
-"""Records one block of the bundled model for the page's "How it works".
+"""Records one block of bundled/small for the page's "How it works".
 
-    python -m twotower.recipes.page_trace            # repeat when the bundled model has changed; takes a second
+    python -m twotower.recipes.page_trace            # repeat when that model has changed; takes a second
 
 Greedy, in fp32. The file has the context tower's state of the prompt, layer by layer; each denoising pass with its
 tokens and commits; the first pass again with the Mamba states set to zero, for comparison; and the state after the
@@ -42,7 +42,7 @@ BLOCK, STEPS, THRESHOLD = 16, 16, 0.9
 def main(prompt: str, output: Path) -> None:
     """Record the block."""
     configure_process(threads=1)
-    model = model_loading.load_model(model_loading.source_of(None), dtype="float32")
+    model = model_loading.load_model(model_loading.source_of("bundled/small"), dtype="float32")
     trace = record(model, prompt)
     passes = trace["passes"]
     assert isinstance(passes, list)

@@ -60,7 +60,7 @@ _EXACT_ENDS = (".ssm_a", ".ssm_d")
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredPart:
     """A tensor in memory that is a part of one in the file, or `shape` of zeros if `source` is None.
 
     change: of its values, as a whole (one expert at a time).
@@ -77,7 +77,7 @@ class ExportedTensor:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[StoredPart, ...]
     exact: bool
 
 
@@ -87,7 +87,7 @@ def exported_tensors(
     """All tensors of a file. shapes: of the tensors of the tower by name in memory, such as `layers.0.norm.weight`."""
     made: dict[str, ExportedTensor] = {}
 
-    def add(name: str, shape: Sequence[int], *parts: Part) -> None:
+    def add(name: str, shape: Sequence[int], *parts: StoredPart) -> None:
         exact = len(shape) == 1 or name.endswith(_EXACT_ENDS) or any(mark in name for mark in _EXACT)
         made[name] = ExportedTensor(name, tuple(shape), parts, exact)
 
@@ -95,12 +95,12 @@ def exported_tensors(
 
     def add_table(name: str, source: str, factor: str) -> None:
         change = times(factors[factor]) if factors else None
-        add(name, shapes["embeddings.weight"], Part(source, change=change))
+        add(name, shapes["embeddings.weight"], StoredPart(source, change=change))
 
     add_table("token_embd.weight", "embeddings.weight", "embeddings.weight")
     if not spec.tied_head or architecture.own_head:
         add_table("output.weight", "embeddings.weight" if spec.tied_head else "head.weight", "head.weight")
-    add("output_norm.weight", shapes["norm_f.weight"], Part("norm_f.weight", change=_shifted(spec)))
+    add("output_norm.weight", shapes["norm_f.weight"], StoredPart("norm_f.weight", change=_shifted(spec)))
     for number, layer in enumerate(spec.layers):
         prefix = f"layers.{number}."
         own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
@@ -111,16 +111,16 @@ def exported_tensors(
     return list(made.values())
 
 
-Placed = tuple[str, tuple[int, ...], tuple[Part, ...]]
+Placed = tuple[str, tuple[int, ...], tuple[StoredPart, ...]]
 
 
-def _placed(part: Part, prefix: str, changes: Mapping[str, Change]) -> Part:
+def _placed(part: StoredPart, prefix: str, changes: Mapping[str, Change]) -> StoredPart:
     """A part of a layer with its name in the tower, and with the change of its values that the layer needs."""
     if part.source is None:
         return part
     first, second = changes.get(part.source), part.change
     both = first if second is None else second if first is None else lambda weight: second(first(weight))
-    return Part(prefix + part.source, part.shape, both)
+    return StoredPart(prefix + part.source, part.shape, both)
 
 
 def _of_layer(
@@ -133,7 +133,7 @@ def _of_layer(
     for leaf, name in (("norm", before), ("post_norm", behind)):
         if (shape := own.get(f"{leaf}.weight")) is not None:
             bare = name == "ffn_norm" and architecture.folded  # Falcon-H1's has no suffix
-            yield name if bare else f"{name}.weight", shape, (Part(f"{leaf}.weight", change=shifted),)
+            yield name if bare else f"{name}.weight", shape, (StoredPart(f"{leaf}.weight", change=shifted),)
     inner = {name.removeprefix("mixer."): shape for name, shape in own.items() if name.startswith("mixer.")}
     mixer = layer.mixer
     if isinstance(mixer, ParallelSpec):
@@ -144,7 +144,7 @@ def _of_layer(
         placed = _of_mamba(mixer, inner)
     elif isinstance(mixer, DeltaNetSpec):
         found = delta_net_tensors(mixer, inner)
-        placed = ((name, shape, (Part(source, change=change),)) for name, shape, source, change in found)
+        placed = ((name, shape, (StoredPart(source, change=change),)) for name, shape, source, change in found)
     elif isinstance(mixer, MoESpec):
         placed = _of_experts(spec, inner)
     else:
@@ -179,11 +179,11 @@ def _of_attention(
     changes = {"q_proj": permuted, "k_proj": permuted, "q_norm": _shifted(spec), "k_norm": _shifted(spec)}
     if architecture.packed_qkv:
         rows = sum(own[f"{part}_proj.weight"][0] for part in "qkv")
-        yield "attn_qkv.weight", (rows, spec.hidden_size), tuple(Part(f"{part}_proj.weight") for part in "qkv")
+        yield "attn_qkv.weight", (rows, spec.hidden_size), tuple(StoredPart(f"{part}_proj.weight") for part in "qkv")
     for source, shape in own.items():
         module, _, leaf = source.rpartition(".")
         if not (architecture.packed_qkv and module in ("q_proj", "k_proj", "v_proj")):
-            yield f"{_ATTENTION[module]}.{leaf}", shape, (Part(source, change=changes.get(module)),)
+            yield f"{_ATTENTION[module]}.{leaf}", shape, (StoredPart(source, change=changes.get(module)),)
 
 
 def _of_mamba(mixer: Mamba2Spec, own: Mapping[str, tuple[int, ...]]) -> Iterator[Placed]:
@@ -197,7 +197,7 @@ def _of_mamba(mixer: Mamba2Spec, own: Mapping[str, tuple[int, ...]]) -> Iterator
             shape = (shape[0], shape[2])
         elif source == "norm.weight":
             shape = (mixer.num_groups, mixer.inner // mixer.num_groups)
-        yield _MAMBA[source], shape, (Part(source, change=change),)
+        yield _MAMBA[source], shape, (StoredPart(source, change=change),)
 
 
 def _of_experts(spec: TowerSpec, own: Mapping[str, tuple[int, ...]]) -> Iterator[Placed]:
@@ -206,7 +206,7 @@ def _of_experts(spec: TowerSpec, own: Mapping[str, tuple[int, ...]]) -> Iterator
             yield _padded(_EXPERTS[source], source, shape, shared_width(spec))
         else:
             shape = shape[1:] if source == "shared_expert_gate.weight" else shape
-            yield _EXPERTS[source], shape, (Part(source),)
+            yield _EXPERTS[source], shape, (StoredPart(source),)
 
 
 def _of_mlp(
@@ -222,28 +222,32 @@ def _of_mlp(
             "ffn_up_exps.weight": (moe.experts, EMPTY_EXPERT, hidden),
             "ffn_down_exps.weight": (moe.experts, hidden, EMPTY_EXPERT),
         }
-        yield from ((name, shape, (Part(None, shape),)) for name, shape in zeros.items())
+        yield from ((name, shape, (StoredPart(None, shape),)) for name, shape in zeros.items())
         if moe.latent is not None:
-            yield "ffn_latent_down.weight", (hidden, spec.hidden_size), (Part(None, (hidden, spec.hidden_size)),)
-            yield "ffn_latent_up.weight", (spec.hidden_size, hidden), (Part(None, (spec.hidden_size, hidden)),)
+            yield "ffn_latent_down.weight", (hidden, spec.hidden_size), (StoredPart(None, (hidden, spec.hidden_size)),)
+            yield "ffn_latent_up.weight", (spec.hidden_size, hidden), (StoredPart(None, (spec.hidden_size, hidden)),)
         for source, shape in own.items():
             yield _padded(_EXPERTS[f"shared_experts.{source}"], source, shape, shared_width(spec))
         return
     if architecture.packed_gate:
-        yield "ffn_up.weight", (2 * mixer.width, spec.hidden_size), (Part("gate_proj.weight"), Part("up_proj.weight"))
+        yield (
+            "ffn_up.weight",
+            (2 * mixer.width, spec.hidden_size),
+            (StoredPart("gate_proj.weight"), StoredPart("up_proj.weight")),
+        )
     for source, shape in own.items():
         module, _, leaf = source.rpartition(".")
         if not (architecture.packed_gate and module != "down_proj"):
-            yield f"{_MLP[module]}.{leaf}", shape, (Part(source),)
+            yield f"{_MLP[module]}.{leaf}", shape, (StoredPart(source),)
 
 
 def _padded(name: str, source: str, shape: tuple[int, ...], width: int) -> Placed:
     """A shared expert with units that are zero, up to a width: relu² of nothing is nothing."""
     rows, columns = shape
     if "down_proj" in source:
-        return name, (rows, width), (Part(source, change=_wider(width - columns)),)
+        return name, (rows, width), (StoredPart(source, change=_wider(width - columns)),)
     missing = width - rows
-    parts = (Part(source), Part(None, (missing, columns))) if missing else (Part(source),)
+    parts = (StoredPart(source), StoredPart(None, (missing, columns))) if missing else (StoredPart(source),)
     return name, (width, columns), parts
 
 

@@ -14,17 +14,25 @@ const form = find("form");
 
 // Prompts of tasks that the bundled model was trained on.
 const EXAMPLES = [
-  ["Column addition", { prompt: "Add: 4821 + 3579 =>", max_tokens: 64, threshold: 0.8 }],
-  ["Book a flight", { prompt: "User: I need a flight to Paris.\nAssistant:", max_tokens: 64, threshold: 0.8 }],
+  ["Column addition", { prompt: "Add: 4821 + 3579 =>", max_tokens: 64, threshold: 0.95 }],
+  ["Book a flight", { prompt: "User: I need a flight to Paris.\nAssistant:", max_tokens: 64, threshold: 0.95 }],
   [
     "Word problem",
     {
       prompt: "Story: Mia has 4 boxes of 6 pens. Mia finds 13. How many pens does Mia have? =>",
       max_tokens: 48,
-      threshold: 0.8,
+      threshold: 0.95,
     },
   ],
-  ["Sort numbers", { prompt: "Sort: 64 12 87 35 50 29 71 =>", max_tokens: 32, threshold: 0.8 }],
+  ["Sort numbers", { prompt: "Sort: 64 12 87 35 50 29 71 =>", max_tokens: 32, threshold: 0.95 }],
+  [
+    "Facts as JSON",
+    {
+      prompt: "Json: Sam | pet, seats, job | Sam works as a lawyer. A table for 2, says Sam. Sam keeps a fish. =>",
+      max_tokens: 48,
+      threshold: 0.95,
+    },
+  ],
 ];
 
 // name: in the menu and in titles; uses: the fields that the mode accepts (the server rejects them in other modes).
