@@ -126,6 +126,8 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "grammar": [("root ::= (", {"mode": "ar"}), ("root ::= other", {"mode": "ar"})],
     "json_schema": [({"type": "nonsense"}, {"mode": "ar"})],
     "structured_outputs": [({}, {}), ({"regex": "a", "choice": ["b"]}, {}), ({"regex": "("}, {"mode": "ar"})],
+    "reasoning_effort": [(5, {}), ("x" * 65, {})],
+    "verbosity": [([], {})],
 }
 # Names of Python parameters, types and libraries, which mean nothing to an HTTP client.
 INTERNAL = re.compile(

@@ -135,6 +135,11 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
     help="Parser of reasoning in replies: think, for text between <think> and </think>. auto: if the chat template "
     "has these tags.",
 )
+@click.option(
+    "--strict-fields",
+    is_flag=True,
+    help="Refuse fields of requests without effect on the text, such as store, like unknown fields.",
+)
 @click.option("--log-prompts", is_flag=True, help="Also write prompts to the log.")
 @click.option(
     "--generation-config",
@@ -178,6 +183,7 @@ class ServeOptions:
     timeout: float
     drain: int
     log_prompts: bool
+    strict_fields: bool
     allow_origin: tuple[str, ...]
     root_path: str
     tool_parser: str
@@ -240,6 +246,7 @@ def start_server(options: ServeOptions) -> None:
         limits=options.limits(),
         api_keys=keys,
         log_prompts=options.log_prompts,
+        strict_fields=options.strict_fields,
         aliases=(options.model,) if options.model else (),
         allowed_origins=origins,
         root_path=root_path,

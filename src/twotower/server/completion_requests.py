@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from twotower.server.conversation import Conversation, ToolUse
 from twotower.server.format_schemas import StreamOptions
 from twotower.server.message_schemas import Message
+from twotower.server.neutral_fields import (
+    REMEDIES,
+    UNSUPPORTED_FIELDS,
+    WITHOUT_EFFECT,
+    body_fields,
+    neutral_values,
+    strict_fields,
+)
 from twotower.server.request_errors import RequestError
-from twotower.server.request_schemas import MAX_MESSAGES, MAX_PROMPTS, BaseRequest, ChatRequest, StopText, TokenIds
+from twotower.server.request_schemas import (
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    BaseRequest,
+    ChatRequest,
+    HintText,
+    StopText,
+    TokenIds,
+)
 from twotower.server.sampling_schemas import FormatFields
 from twotower.server.strict_model import JsonInteger
 from twotower.server.tool_schemas import ToolChoice, ToolList, tool_use
@@ -19,6 +36,11 @@ from twotower.server.tool_schemas import ToolChoice, ToolList, tool_use
 
 class OpenAIRequest(FormatFields, BaseRequest):
     """Fields of completions and of chat completions."""
+
+    route: ClassVar[str]  # path below /v1
+    unsupported_fields: ClassVar = UNSUPPORTED_FIELDS
+    remedies: ClassVar = REMEDIES
+    ignored_fields: ClassVar = WITHOUT_EFFECT
 
     stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="Strings that end the text. The text stops before the first of them."
@@ -31,6 +53,17 @@ class OpenAIRequest(FormatFields, BaseRequest):
         description="Generate this many texts, and return the n with the largest mean AR log-probability.",
     )
     stream_options: StreamOptions | None = None
+
+    @classmethod
+    def refused_fields(cls) -> Mapping[str, tuple[object, ...]]:
+        if strict_fields.get():
+            return cls.unsupported_fields
+        neutral = neutral_values(cls.route)
+        return {name: (*cls.unsupported_fields.get(name, ()), *values) for name, values in neutral.items()}
+
+    @classmethod
+    def neutral_names(cls) -> frozenset[str]:
+        return body_fields()
 
     @property
     def choice_count(self) -> int:
@@ -72,6 +105,8 @@ class OpenAIRequest(FormatFields, BaseRequest):
 class CompletionRequest(OpenAIRequest):
     """Body of `POST /v1/completions`."""
 
+    route: ClassVar = "completions"
+
     prompt: (
         str
         | TokenIds
@@ -109,6 +144,9 @@ class CompletionRequest(OpenAIRequest):
 class ChatCompletionRequest(OpenAIRequest, ChatRequest):
     """Body of `POST /v1/chat/completions`."""
 
+    route: ClassVar = "chat/completions"
+    template_hints: ClassVar = ("reasoning_effort", "verbosity")
+
     messages: Annotated[
         list[Message],
         Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="The turns of the chat so far."),
@@ -130,6 +168,9 @@ class ChatCompletionRequest(OpenAIRequest, ChatRequest):
         {}, description="Further variables of the chat template, such as enable_thinking."
     )
 
+    reasoning_effort: HintText | None = Field(None, description="For chat templates that read it.")
+    verbosity: HintText | None = Field(None, description="For chat templates that read it.")
+
     @property
     def prompt_field(self) -> str:
         return "messages"
@@ -140,7 +181,8 @@ class ChatCompletionRequest(OpenAIRequest, ChatRequest):
 
     @cached_property
     def conversation(self) -> Conversation:
-        return Conversation(self.messages, self.tool_use, self.chat_template_kwargs)
+        hints = {name: value for name in self.template_hints if (value := getattr(self, name)) is not None}
+        return Conversation(self.messages, self.tool_use, hints | self.chat_template_kwargs)
 
     @property
     def length_field(self) -> str | None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from twotower.server.neutral_fields import strict_fields
 from twotower.server.strict_model import StrictModel
 
+CACHE_FIELDS = frozenset({"cache_control", "prompt_cache_breakpoint"})  # hints for caches of prompts
 MAX_PARTS = 1024  # parts of one content, and tool calls of one message
 
 
 class ContentPart(StrictModel):
     """A part of a content: a text, or a refusal of the assistant."""
+
+    ignored_fields: ClassVar = CACHE_FIELDS
 
     type: Literal["text", "refusal"]
     text: str | None = None
@@ -79,6 +83,10 @@ class Message(StrictModel):
     tool_call_id: str | None = None
 
     off_values: ClassVar = {"tool_calls": ([],), "annotations": ([],)}
+    ignored_fields: ClassVar = CACHE_FIELDS
+    template_hints: ClassVar = frozenset({"id"})  # fields that only some chat templates read
+
+    _strict: bool = PrivateAttr(default_factory=strict_fields.get)  # other threads do not have the variable
 
     @classmethod
     def enabled_fields(cls, fields: dict[str, object]) -> dict[str, object]:
@@ -112,4 +120,6 @@ class Message(StrictModel):
     @property
     def fields_for_templates_only(self) -> list[str]:
         """The fields whose meaning is lost unless the chat template reads them."""
-        return [*(["tool_calls"] if self.tool_calls else []), *(self.model_extra or ())]
+        hints = frozenset() if self._strict else self.template_hints
+        extra = [name for name in self.model_extra or () if name not in hints]
+        return [*(["tool_calls"] if self.tool_calls else []), *extra]

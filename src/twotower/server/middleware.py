@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.server.anthropic_messages.errors import error_body as messages_error_body
 from twotower.server.logs import log_event
+from twotower.server.neutral_fields import strict_fields
 from twotower.server.request_body import BodyReader, replay
 from twotower.server.request_errors import ClientDisconnected, RequestError
 
@@ -65,6 +66,7 @@ class ServerMiddleware:
                 message = {**message, "body": b""}
             await send(message)
 
+        strict_fields.set(self.service.settings.strict_fields)
         try:
             if _needs_key(scope["path"].removeprefix(self.root_path)):
                 scope["state"]["key"] = self._authenticate(headers)

@@ -14,6 +14,7 @@ from pydantic import Field
 from twotower.decoding.modes import MODES_OF_FIELD, Mode
 from twotower.server.conversation import Conversation, ToolUse
 from twotower.server.format_schemas import ResponseFormat
+from twotower.server.neutral_fields import strict_fields
 from twotower.server.request_errors import RequestError
 from twotower.server.sampling_schemas import SAMPLING_FIELDS, SamplingFields
 from twotower.server.strict_model import JsonInteger, same_json
@@ -28,6 +29,7 @@ ModeName = Literal[Mode, "auto"]
 TokenIds = Annotated[
     list[Annotated[JsonInteger, Field(ge=0, lt=2**31)]], Field(fail_fast=True, max_length=MAX_PROMPT_TOKENS)
 ]
+HintText = Annotated[str, Field(max_length=64)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Field of a request → parameter of `GenerationParams` that the field sets.
@@ -46,34 +48,14 @@ PARAMETER_OF_FIELD = {
 }
 FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}
 
-# Unsupported field of the OpenAI API → the values that turn it off, beside null.
-UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (False, True),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "store": (False,),
-    "metadata": ({},),
-    "service_tier": ("auto", "default"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "web_search_options": (),
-    "verbosity": (),
-    "prompt_cache_key": (),
-    "safety_identifier": (),
-}
-
 
 class BaseRequest(SamplingFields):
     """Fields of all endpoints. `GenerationParams` documents the decoding fields, which the other APIs lack."""
 
     # Field that is not supported → the values that turn it off, beside null.
-    unsupported_fields: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED_FIELDS
+    unsupported_fields: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     remedies: ClassVar[Mapping[str, str]] = {}  # of unsupported fields; default: omit the field
+    template_hints: ClassVar[tuple[str, ...]] = ()  # fields that only some chat templates read
 
     model: str | None = Field(
         None, max_length=MAX_NAME_LENGTH, description="Name or hub id of the served model. Optional."
@@ -129,14 +111,23 @@ class BaseRequest(SamplingFields):
                 raise RequestError("knob is the old name of policy_value; give only policy_value", param="knob")
             fields = {"policy_value" if name == "knob" else name: value for name, value in fields.items()}
         kept = super().enabled_fields(fields)
-        for name, off_values in cls.unsupported_fields.items():
-            if name in cls.model_fields:
+        for name, off_values in cls.refused_fields().items():
+            if name in cls.model_fields and not (strict_fields.get() and name in cls.template_hints):
                 continue
             value = kept.pop(name, None)
             if value is not None and not any(same_json(value, off) for off in off_values):
                 remedy = cls.remedies.get(name, "omit it")
                 raise RequestError(f"{name} is not supported; {remedy}", param=name, code="unsupported")
         return kept
+
+    @classmethod
+    def refused_fields(cls) -> Mapping[str, tuple[object, ...]]:
+        """Field that is not supported → the values with which it is accepted, beside null."""
+        return cls.unsupported_fields
+
+    @classmethod
+    def neutral_names(cls) -> frozenset[str]:
+        return frozenset()
 
     def check_mode(self, mode: str) -> None:
         """Raises RequestError if a field has no effect in this mode, or needs another field."""

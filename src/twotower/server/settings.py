@@ -41,6 +41,7 @@ class ServerSettings:
     log_prompts: whether the log contains prompts. aliases: further names of the model, such as its hub id.
     allowed_origins: origins whose pages may call the server from a browser; "*" means all.
     root_path: path of the server behind a reverse proxy, such as /llm; empty without one.
+    strict_fields: whether fields without effect on the text are refused like unknown fields.
     tool_parser, reasoning_parser: names of the parsers of replies (`parsers.selection`); auto: by the chat template.
     """
 
@@ -55,6 +56,7 @@ class ServerSettings:
     root_path: str = ""
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
+    strict_fields: bool = False
 
     def __post_init__(self) -> None:
         check_names(self.tool_parser, self.reasoning_parser)

@@ -9,6 +9,8 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
+from twotower.server.neutral_fields import nested_fields, strict_fields
+
 MAX_NAME = 64  # characters of a name that an error repeats
 MAX_FIELDS = 128  # of one JSON object of a request; the schema has fewer, and an error lists every unknown field
 
@@ -32,6 +34,8 @@ class StrictModel(BaseModel):
 
     # Field that is not supported → the values that turn it off, beside null.
     off_values: ClassVar[dict[str, tuple[object, ...]]] = {}
+    # Fields without effect on the text, which any value may have. With strict fields they are unknown.
+    ignored_fields: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -44,15 +48,25 @@ class StrictModel(BaseModel):
 
     @classmethod
     def enabled_fields(cls, fields: dict[str, object]) -> dict[str, object]:
-        """The fields of a JSON object without those that are off."""
+        """The fields of a JSON object without those that are off or have no effect."""
+        own = cls.model_fields.keys() | {field.alias for field in cls.model_fields.values()}
+        neutral, ignored = (
+            (frozenset(), frozenset()) if strict_fields.get() else (cls.neutral_names(), cls.ignored_fields)
+        )
         required = {field.alias or name for name, field in cls.model_fields.items() if field.is_required()}
-        known = cls.off_values.keys() | cls.model_fields.keys() | {f.alias for f in cls.model_fields.values()}
+        known = cls.off_values.keys() | own | neutral
         return {
             name: value
             for name, value in fields.items()
-            if not (value is None and name in known and name not in required)
+            if (name in own or name not in ignored)
+            and not (value is None and name in known and name not in required)
             and not any(same_json(value, off) for off in cls.off_values.get(name, ()))
         }
+
+    @classmethod
+    def neutral_names(cls) -> frozenset[str]:
+        """Names of fields that may be null although this object does not have them."""
+        return nested_fields()
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, object]:
@@ -68,12 +82,7 @@ class StrictModel(BaseModel):
 
 
 class ItemModel(StrictModel):
-    """A part of a body that clients may send back from a response: null means absent for every field.
-
-    ignored_fields: fields of the API that have no effect on the text.
-    """
-
-    ignored_fields: ClassVar[frozenset[str]] = frozenset()
+    """A part of a body that clients may send back from a response: null means absent for every field."""
 
     @classmethod
     def enabled_fields(cls, fields: dict[str, object]) -> dict[str, object]:

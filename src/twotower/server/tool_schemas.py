@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from twotower.server.conversation import CallRule, ToolUse
+from twotower.server.message_schemas import CACHE_FIELDS
 from twotower.server.parsers.pieces import Tool
 from twotower.server.request_errors import RequestError
 from twotower.server.strict_model import StrictModel
@@ -19,6 +20,8 @@ FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 
 class FunctionDefinition(StrictModel):
     """A function: its name, what it does, and the JSON schema of its arguments."""
+
+    ignored_fields: ClassVar = frozenset({"defer_loading"})
 
     name: FunctionName
     description: str | None = None
@@ -34,6 +37,8 @@ class FunctionDefinition(StrictModel):
 
 class ToolDefinition(StrictModel):
     """A tool that the model may call."""
+
+    ignored_fields: ClassVar = CACHE_FIELDS | {"defer_loading"}
 
     type: Literal["function"]
     function: FunctionDefinition
