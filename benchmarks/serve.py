@@ -77,7 +77,7 @@ class Server:
     def metric(self, name: str) -> float:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=PATIENCE) as answer:
             text = answer.read().decode()
-        found = re.search(rf"^{name} (\S+)$", text, re.M)
+        found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M)
         return float(found[1]) if found else float("nan")
 
     async def stop(self) -> None:

@@ -143,7 +143,7 @@ class RunningServer:
 
         text = self.get("/metrics").text
         return {
-            (one.name, *(one.labels[label] for label in sorted(one.labels))): one.value
+            (one.name, *(one.labels[label] for label in sorted(one.labels) if label != "model_name")): one.value
             for family in parse(text)
             for one in family.samples
         }

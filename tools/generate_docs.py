@@ -40,7 +40,8 @@ to stderr.
 | `bench` | AR, diffusion:0.8, diffusion:0.9, verified:draft_steps=1 | most new tokens of a row | – |
 | `eval` | AR, diffusion:0.8, diffusion:0.9, verified:draft_steps=1 | problems of each family | – |
 | `report` | about 45 settings | problems of each family | folder of the report |
-| `serve` | diffusion; `--setting` sets another | – | – |
+| `serve` | verified; `ar` with the context tower alone; diffusion for requests with `steps` and no `mode` | – | – |
+| Python (`GenerationParams`) | diffusion | – | – |
 | `init`, `export`, `curves` | – | – | folder of the result |
 | `train`, `pretrain` | – | – | run directory |
 """

@@ -17,7 +17,7 @@ from serving import serving
 from twotower import TwoTowerForCausalLM, model_loading
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.tokenizer_files import copy_model_files
-from twotower.cli.serve import sampling_defaults
+from twotower.cli.serve_checks import sampling_defaults
 from twotower.errors import ConfigError
 
 NEMOTRON = {

@@ -22,7 +22,10 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PATHS = (COMPLETIONS, CHAT)
 ASK = {"role": "user", "content": "the quick"}
 START: dict[str, dict[str, Any]] = {COMPLETIONS: {"prompt": "the quick"}, CHAT: {"messages": [ASK]}}
-MODEL = {COMPLETIONS: CompletionRequest, CHAT: ChatCompletionRequest}
+MODEL: dict[str, type[CompletionRequest] | type[ChatCompletionRequest]] = {
+    COMPLETIONS: CompletionRequest,
+    CHAT: ChatCompletionRequest,
+}
 PACKED = {"seed": 3, "max_tokens": 8}
 GENERATOR = Path(__file__).resolve().parents[2] / "tools" / "generate_fields.py"
 # Values that would change the text, or the response.

@@ -219,6 +219,16 @@ def test_a_comparison(browser: Browser, server: str, shots: Path, mode: str) -> 
     assert 0 < len(browser.all(".heatmap td.later")) < count
     assert float(browser.text("#panel-mode .time").split()[0]) > 0
     browser.shot(shots / f"race-{mode}.png")
+    if mode == "verified":  # a draft appears pass by pass, before the context tower accepts a part of it
+        browser.press("HOME")
+        said = []
+        for _ in range(6):
+            browser.press("ARROW_RIGHT")
+            said.append(browser.text("#panel-mode .step"))
+        drafted = [int(found[1]) for line in said if (found := re.match(r"draft 1: (\d+) of \d+ tokens drafted", line))]
+        assert drafted == sorted(set(drafted))
+        assert len(drafted) == 2
+        assert any("accepted, one added by the context tower" in line for line in said)
     browser.press("END")
     assert browser.text("#panel-mode .whole") == text
 
@@ -278,7 +288,7 @@ def test_code_snippets_run(browser: Browser, server: str) -> None:
     prompt = "User: It's \"here\",\nisn't it?\nAssistant:"
     browser.type("#prompt", prompt)
     browser.type("#max_tokens", "12")
-    text, _ = answer_of(server, prompt=prompt, max_tokens=12, temperature=0, seed=1, mode="diffusion", threshold=0.8)
+    text, _ = answer_of(server, prompt=prompt, max_tokens=12, temperature=0, seed=1, mode="verified", threshold=0.8)
 
     shown = browser.text("#code")
     out = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True, timeout=SECONDS)
@@ -409,8 +419,8 @@ def test_keyboard_navigation(browser: Browser, server: str) -> None:
         assert label, where
         assert outline != "none", where
         seen.append(where)
-    wanted = {"prompt", "mode", "threshold", "block_size", "steps", "max_tokens", "temperature", "seed", "run", "clock",
-              "play", "back", "forward", "speed", "TD", "show-curl", "show-python", "copy"}  # fmt: skip
+    wanted = {"prompt", "mode", "threshold", "block_size", "draft_steps", "max_tokens", "temperature", "seed", "run",
+              "clock", "play", "back", "forward", "speed", "TD", "show-curl", "show-python", "copy"}  # fmt: skip
     assert wanted <= set(seen)
 
 

@@ -126,6 +126,8 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "grammar": [("root ::= (", {"mode": "ar"}), ("root ::= other", {"mode": "ar"})],
     "json_schema": [({"type": "nonsense"}, {"mode": "ar"})],
     "structured_outputs": [({}, {}), ({"regex": "a", "choice": ["b"]}, {}), ({"regex": "("}, {"mode": "ar"})],
+    "add_generation_prompt": [("no", {})],
+    "continue_final_message": [(1, {}), (True, {"add_generation_prompt": True})],
     "reasoning_effort": [(5, {}), ("x" * 65, {})],
     "verbosity": [([], {})],
 }

@@ -23,9 +23,11 @@ from twotower.server.settings import Limits
 OPERATIONS = [
     ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/responses", "POST"), ("/v1/messages", "POST"),
     ("/v1/messages/count_tokens", "POST"), ("/v1/models", "GET"), ("/v1/models/{name}", "GET"),
-    ("/health", "GET"), ("/ready", "GET"), ("/metrics", "GET"),
+    ("/health", "GET"), ("/ready", "GET"), ("/metrics", "GET"), ("/version", "GET"), ("/ping", "GET"),
+    ("/ping", "POST"), ("/tokenizer_info", "GET"), ("/tokenize", "POST"), ("/detokenize", "POST"),
 ]  # fmt: skip
 WRITING = 5  # the first operations have a body and get most of the cases
+SHORT = ("/tokenize", "/detokenize")  # operations with a body and few cases
 BOUNDED = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n")  # fields with limits of this server
 OF_TOOLS = ("tools", "tool_choice", "chat_template_kwargs")  # fields that depend on each other or on the template
 KNOWN = Message.model_fields.keys()
@@ -111,7 +113,7 @@ def run(
             if path.startswith("/v1/messages"):
                 case.body["messages"] = [{"role": "user", "content": "x"}]
                 case.body |= {"max_tokens": 4} if path.endswith("messages") else {}
-            elif "messages" in case.body:
+            elif case.body.get("messages"):
                 case.body["messages"] = [simplified(message) for message in case.body["messages"]]
         if history and isinstance(case.body, dict) and isinstance(case.body.get("messages"), list):
             case.body["messages"] = [*history, *case.body["messages"]]
@@ -143,7 +145,7 @@ def run_all(served: RunningServer, cases: int) -> Counter[int]:
         statuses += found
     for place, (path, method) in enumerate(OPERATIONS):
         share = (cases if place < 2 else cases // 3) if place < WRITING else max(cases // 20, 5)
-        for valid in (True, False) if place < WRITING else (True,):
+        for valid in (True, False) if place < WRITING or path in SHORT else (True,):
             statuses += run(served, path, method, share // 2, valid)
     return statuses
 

@@ -100,7 +100,7 @@ def test_only_the_engine_s_thread_reads_changing_state() -> None:
             assert served.complete([5], max_tokens=10**9).status_code == 400
             assert {answer.result().status_code for answer in requests} <= {200, 429}
         wait_until(lambda: engine.stats.free_slots == 2)
-        assert served.counts()["twotower_prefix_query_tokens",] == engine.stats.prompt_tokens
+        assert served.counts()["twotower_prefix_query_tokens_total",] == engine.stats.prompt_tokens
     assert core.readers == {"twotower-engine"}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,6 @@ from twotower.errors import ArgumentError, install_command
 
 if TYPE_CHECKING:
     from twotower.engine import LLM
-    from twotower.engine.towers import Towers
     from twotower.server.settings import Limits
 
 DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of a million tokens is too large
@@ -33,14 +30,17 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
     show_default=True,
     help="Port to listen on. 0: any free port.",
 )
-@click.option("--name", help="Name of the model for clients.  [default: the name of its directory]")
+@click.option(
+    "--name",
+    multiple=True,
+    help="Name of the model for clients. Repeatable; responses have the first.  [default: the name of its directory]",
+)
 @click.option(
     "-s",
     "--setting",
-    default="diffusion",
-    show_default=True,
     metavar="MODE[:VALUE,NAME=X…]",
-    help="Default mode and decoding parameters of requests, e.g. verified, auto, diffusion:0.8.",
+    help="Default mode and decoding parameters of requests, e.g. auto, diffusion:0.8.  [default: verified; ar with the "
+    "context tower alone]",
 )
 @click.option(
     "--rows",
@@ -140,6 +140,12 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
     is_flag=True,
     help="Refuse fields of requests without effect on the text, such as store, like unknown fields.",
 )
+@click.option(
+    "--chat-template",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Jinja template that turns a chat into a prompt.  [default: the one of the tokenizer]",
+)
 @click.option("--log-prompts", is_flag=True, help="Also write prompts to the log.")
 @click.option(
     "--generation-config",
@@ -156,6 +162,8 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
 def serve(**options: Any) -> None:
     """Serve a model over HTTP: /v1/completions, /v1/chat/completions, and a page at / that shows the decoding.
 
+    The model has two towers, or is an autoregressive model, which is served as a context tower alone.
+
     By default only this machine can reach the server; see --host. The first SIGTERM or Ctrl-C lets running requests
     finish, the second stops at once.
     """
@@ -169,8 +177,8 @@ class ServeOptions:
     model: str | None
     host: str
     port: int
-    name: str | None
-    setting: str
+    name: tuple[str, ...]
+    setting: str | None
     rows: int
     length: int | None
     block_size: int
@@ -184,6 +192,7 @@ class ServeOptions:
     drain: int
     log_prompts: bool
     strict_fields: bool
+    chat_template: Path | None
     allow_origin: tuple[str, ...]
     root_path: str
     tool_parser: str
@@ -218,6 +227,7 @@ def start_server(options: ServeOptions) -> None:
         from twotower.server.uvicorn_server import serve_until_signal
     except ImportError as error:
         raise ArgumentError(f"serving needs {error.name}; install it: {install_command('serve')}") from None
+    from twotower.cli.serve_checks import check_free, is_loopback, sampling_defaults
     from twotower.decoding.params import GenerationParams
     from twotower.engine import AsyncLLM
     from twotower.engine.towers import denoiser_name
@@ -228,32 +238,36 @@ def start_server(options: ServeOptions) -> None:
     for option, given in (("--timeout", options.timeout), ("--memory", options.memory)):
         if given is not None and not math.isfinite(given):
             raise ArgumentError(f"{option} is {given}; it must be a finite number")
-    decoding = models.setting_values(options.setting, options.deterministic)
+    models.setting_values(options.setting or "ar", options.deterministic)  # errors before weights are read
     check_names(options.tool_parser, options.reasoning_parser)
     keys = read_keys(options.api_keys)
     origins, root_path = tuple(map(check_origin, options.allow_origin)), check_root_path(options.root_path)
     if options.per_key is not None and not keys:
         raise ArgumentError("--per-key needs API keys; set --api-keys or TWOTOWER_API_KEYS, or omit it")
-    _check_free(options.host, options.port)
+    check_free(options.host, options.port)
     source = model_loading.source_of(options.model)
     engine = _engine(options, source)
-    denoiser_name(engine.model, GenerationParams.from_mapping(decoding))  # raises if the setting names an unknown one
     sampling = sampling_defaults(engine.model, options.generation_config)
+    names = options.name or (Path(source).name,)
+    default = "verified" if engine.model.has_denoiser else "ar"
+    decoding = models.setting_values(options.setting or default, options.deterministic)
+    denoiser_name(engine.model, GenerationParams.from_mapping(decoding))  # raises if the setting names an unknown one
     settings = ServerSettings(
-        name=options.name or Path(source).name,
+        name=names[0],
         decoding=decoding,
         sampling=sampling,
         limits=options.limits(),
         api_keys=keys,
         log_prompts=options.log_prompts,
         strict_fields=options.strict_fields,
+        more_names=names[1:],
         aliases=(options.model,) if options.model else (),
         allowed_origins=origins,
         root_path=root_path,
         tool_parser=options.tool_parser,
         reasoning_parser=options.reasoning_parser,
     )
-    if not keys and not _loopback(options.host):
+    if not keys and not is_loopback(options.host):
         click.echo(
             f"Warning: other machines can reach {options.host} without an API key; set --api-keys to require one.",
             err=True,
@@ -270,6 +284,7 @@ def start_server(options: ServeOptions) -> None:
 
 def _engine(options: ServeOptions, source: Path | str) -> LLM:
     """Loads the model and builds its engine."""
+    from twotower.cli.serve_checks import use_chat_template
     from twotower.engine import LLM
 
     model, _ = models.load_text_model(
@@ -280,6 +295,7 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
         context_device=options.context_device,
         denoiser_device=options.denoiser_device,
         threads=options.threads,
+        one_tower=True,
     )
     window = model.spec.max_position_embeddings
     llm = LLM(
@@ -289,53 +305,7 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
         block_size=options.block_size,
         memory=None if options.memory is None else int(options.memory * 2**30),
     )
+    use_chat_template(model, options.chat_template)
     if not getattr(model.tokenizer, "chat_template", None):
         click.echo("Note: the model has no chat template, so a chat is written as lines of `Role: text`.", err=True)
     return llm
-
-
-def sampling_defaults(model: Towers, given: str | None) -> dict[str, object]:
-    """The sampling defaults of `--generation-config`; its EOS tokens, if it has any, become those of the model.
-
-    Raises:
-        TwoTowerError: the file does not exist, or a value is not allowed.
-    """
-    from twotower.checkpoint.generation_config import FILE, GenerationDefaults
-    from twotower.decoding.params import GenerationParams
-
-    if given == "none":
-        return {}
-    if given is not None:
-        read = GenerationDefaults.read(Path(given), model.spec.vocab_size)
-        if read.file is None:
-            raise ArgumentError(f"--generation-config {given}: the directory has no {FILE}; give a file or none")
-        model.generation_defaults = model.generation_defaults.override(read)
-    defaults = model.generation_defaults
-    sampling = defaults.sampling()
-    GenerationParams.from_mapping({"mode": "ar"} | sampling)
-    if sampling:
-        values = ", ".join(f"{name} {value}" for name, value in sampling.items())
-        click.echo(f"Sampling defaults of requests: {values} ({defaults.file}).", err=True)
-    if unused := defaults.unused():
-        click.echo(f"Note: {defaults.file}: {', '.join(unused)} has no effect here.", err=True)
-    return sampling
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raises ArgumentError if the address is not available. Called before weights are read."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(*found[:3]) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(found[4])
-    except OSError as error:
-        raise ArgumentError(
-            f"cannot listen on {host} port {port} ({error.strerror}); choose another --host or --port"
-        ) from None

@@ -12,8 +12,11 @@ from twotower.server.error_responses import add_error_handlers
 from twotower.server.middleware import ServerMiddleware
 from twotower.server.page import add_page
 from twotower.server.response_schemas import ChatCompletionChunk
+from twotower.server.routes.docs import add_docs_page
 from twotower.server.routes.generation import add_generation_routes
+from twotower.server.routes.ollama import add_ollama_routes
 from twotower.server.routes.status import add_status_routes
+from twotower.server.routes.tokens import add_token_routes
 from twotower.server.service import Service
 from twotower.version import VERSION
 
@@ -46,8 +49,11 @@ def create_app(service: Service) -> FastAPI:
     add_error_handlers(app)
     add_generation_routes(app, service)
     add_status_routes(app, service)
+    add_token_routes(app, service)
+    add_ollama_routes(app, service)
     add_page(app)
     _complete_schema(app)
+    add_docs_page(app)
     return app
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-from twotower.server.conversation import Conversation
+from twotower.server.conversation import Conversation, Ending
 from twotower.server.message_schemas import Message
 from twotower.server.request_errors import RequestError
 from twotower.tokenizer import Tokenizer
@@ -44,14 +44,21 @@ def templated_prompt(tokenizer: Tokenizer, conversation: Conversation) -> str:
     turns = [message.template_fields for message in conversation.messages]
     tools = list(conversation.tool_use.definitions) or None
     try:
-        return tokenizer.apply_chat_template(turns, tools, add_generation_prompt=True, tokenize=False, **arguments)
+        return tokenizer.apply_chat_template(
+            turns,
+            tools,
+            add_generation_prompt=conversation.ending == "reply",
+            continue_final_message=conversation.ending == "continue",
+            tokenize=False,
+            **arguments,
+        )
     except Exception as error:  # a template can raise any error
         reason = " ".join(f"{error}".split())
         words = f"the chat template of the model rejects these messages: {reason}"
         raise RequestError(words, param=conversation.request_field) from None
 
 
-def plain_prompt(messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
+def plain_prompt(messages: Sequence[Message], ending: Ending = "reply") -> tuple[str, tuple[str, ...]]:
     """The prompt of a chat without a template, and the stop strings that end the reply.
 
     A turn is written as `Role: text`, and the role names are the stop strings. The calls of an assistant are written as
@@ -60,7 +67,8 @@ def plain_prompt(messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
     lines = [f"{ROLE_NAMES[message.role]}: {_plain_text(message)}".rstrip() for message in messages]
     has_tools = any(message.role == "tool" for message in messages)
     names = dict.fromkeys(name for role, name in ROLE_NAMES.items() if role != "tool" or has_tools)
-    return "\n".join([*lines, "Assistant:"]), tuple(f"\n{name}:" for name in names)
+    reply = {"reply": ["Assistant:"], "none": [""], "continue": []}[ending]
+    return "\n".join([*lines, *reply]), tuple(f"\n{name}:" for name in names)
 
 
 def _plain_text(message: Message) -> str:

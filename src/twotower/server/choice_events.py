@@ -7,11 +7,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
-from twotower.decoding.output import Event
+from twotower.decoding.output import BlockEvent, Event
 from twotower.engine import AsyncLLM
 from twotower.errors import TwoTowerError
 from twotower.server.choices import Choice
-from twotower.server.metrics import Metrics
+from twotower.server.metrics import ChoiceTimes, Metrics
 from twotower.server.request_errors import RequestError, request_error, result_error
 
 KEEPALIVE_SECONDS = 15.0  # a stream sends a comment after this time without an event
@@ -35,6 +35,7 @@ async def choice_events(
     deadline = None if seconds is None else loop.call_later(seconds, queue.put_nowait, (choices[0], TimeoutError()))
     aborts: list[Callable[[], None]] = []
     unfinished, first_event = len(choices), True
+    times = {choice.index: ChoiceTimes() for choice in choices}
     try:
         for choice in choices:
             aborts.append(engine.subscribe(choice.engine_request, partial(_post, queue, choice)))
@@ -51,9 +52,12 @@ async def choice_events(
             if first_event:
                 first_event = False
                 metrics.first_block_seconds.observe(time.monotonic() - started)
+            if isinstance(event, BlockEvent) and event.tokens:
+                metrics.observe_tokens(times[choice.index], len(event.tokens))
             if event.result is not None:
                 unfinished -= 1
-                metrics.observe_result(event.result)
+                max_tokens = choice.engine_request.params.max_new_tokens
+                metrics.observe_result(event.result, times[choice.index], max_tokens)
                 if event.result.error:
                     raise result_error(event.result, choice.constraint_field)
             yield choice, event

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower.decoding.modes import AUTO, CONSTRAINT_MODES
+from twotower.decoding.modes import AUTO, CONSTRAINT_MODES, MODES_OF_FIELD
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.structured import Constraint
 from twotower.engine import AsyncLLM
@@ -47,10 +47,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of one request as token ids. stops: strings that end a chat without a template."""
+    """The prompts of one request as token ids.
+
+    stops: strings that end a chat without a template. continues: whether a reply continues a message.
+    """
 
     tokens: list[list[int]]
     stops: tuple[str, ...] = ()
+    continues: bool = False
     reply_format: ReplyFormat = PLAIN
 
 
@@ -121,7 +125,7 @@ class ChoiceBuilder:
                         engine_request,
                         seed + number,
                         echo,
-                        strip_leading_space=bool(prompts.stops),
+                        strip_leading_space=bool(prompts.stops) and not prompts.continues,
                         reply_format=prompts.reply_format,
                         constraint_field=request.constraint_field,
                     )
@@ -153,7 +157,7 @@ class ChoiceBuilder:
             calls=tool_parser(settings.tool_parser, template),
             tool_use=request.tool_use,
         )
-        return Prompts([prompt.tokens], prompt.stops, reply_format)
+        return Prompts([prompt.tokens], prompt.stops, request.conversation.ending == "continue", reply_format)
 
     def _check_characters(self, request: GenerationRequest) -> None:
         """Raises RequestError if a text is too long for any tokens that fit. Encoding it would delay other requests."""
@@ -180,10 +184,11 @@ class ChoiceBuilder:
         if mode not in ("ar", AUTO) and self._ar_only:
             words = f"mode is {mode}; this server has only the context tower, so use mode ar"
             raise RequestError(words, param="mode" if request.mode else None)
-        by_token = request.constrained or request.bad_words
-        if by_token and request.mode is None and mode not in CONSTRAINT_MODES:
-            return self._structured_mode
-        return mode
+        by_token = bool(request.constrained or request.bad_words)
+        if request.mode is not None or by_token:
+            return mode if request.mode or mode in CONSTRAINT_MODES else self._structured_mode
+        steps_mean_diffusion = request.steps is not None and mode not in MODES_OF_FIELD["steps"] and not self._ar_only
+        return "diffusion" if steps_mean_diffusion else mode
 
     def _values(
         self, request: GenerationRequest, mode: str, stops: Sequence[str], settings: ServerSettings

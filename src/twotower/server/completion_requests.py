@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from twotower.server.conversation import Conversation, ToolUse
+from twotower.server.conversation import Conversation, Ending, ToolUse
 from twotower.server.format_schemas import StreamOptions
 from twotower.server.message_schemas import Message
 from twotower.server.neutral_fields import (
@@ -168,6 +168,10 @@ class ChatCompletionRequest(OpenAIRequest, ChatRequest):
         {}, description="Further variables of the chat template, such as enable_thinking."
     )
 
+    add_generation_prompt: bool | None = Field(
+        None, description="false: the prompt ends with the last message, without the beginning of a reply."
+    )
+    continue_final_message: bool = Field(False, description="The reply continues the text of the last message.")
     reasoning_effort: HintText | None = Field(None, description="For chat templates that read it.")
     verbosity: HintText | None = Field(None, description="For chat templates that read it.")
 
@@ -182,7 +186,9 @@ class ChatCompletionRequest(OpenAIRequest, ChatRequest):
     @cached_property
     def conversation(self) -> Conversation:
         hints = {name: value for name in self.template_hints if (value := getattr(self, name)) is not None}
-        return Conversation(self.messages, self.tool_use, hints | self.chat_template_kwargs)
+        ending: Ending = "none" if self.add_generation_prompt is False else "reply"
+        ending = "continue" if self.continue_final_message else ending
+        return Conversation(self.messages, self.tool_use, hints | self.chat_template_kwargs, ending=ending)
 
     @property
     def length_field(self) -> str | None:
@@ -196,8 +202,15 @@ class ChatCompletionRequest(OpenAIRequest, ChatRequest):
     def requested_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    def check_ending(self) -> None:
+        """Raises RequestError if the reply shall continue the last message and be a message of its own."""
+        if self.continue_final_message and self.add_generation_prompt:
+            words = "continue_final_message and add_generation_prompt exclude each other; set one of them to false"
+            raise RequestError(words, param="continue_final_message")
+
     def check_mode(self, mode: str) -> None:
         super().check_mode(mode)
+        self.check_ending()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true; set logprobs or omit it", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:

@@ -10,6 +10,7 @@ from twotower.server.message_schemas import Message
 from twotower.server.parsers.pieces import Tool
 from twotower.server.parsers.thinking import Opening
 
+Ending = Literal["reply", "continue", "none"]  # what follows the last message: a reply, its own rest, or any turn
 CallRule = Literal["none", "auto", "required", "named"]
 
 
@@ -46,6 +47,7 @@ class Conversation:
     template_arguments: Mapping[str, object] = field(default_factory=dict)
     request_field: str = "messages"
     places: Sequence[str] = ()
+    ending: Ending = "reply"
 
     def place(self, number: int) -> str:
         """Where the turn `number` is in the request."""

@@ -62,6 +62,10 @@ class ToolCall(StrictModel):
     function: FunctionCall
 
 
+def _is_strict() -> bool:
+    return strict_fields.get()
+
+
 class Message(StrictModel):
     """One turn of a chat.
 
@@ -86,7 +90,7 @@ class Message(StrictModel):
     ignored_fields: ClassVar = CACHE_FIELDS
     template_hints: ClassVar = frozenset({"id"})  # fields that only some chat templates read
 
-    _strict: bool = PrivateAttr(default_factory=strict_fields.get)  # other threads do not have the variable
+    _strict: bool = PrivateAttr(default_factory=_is_strict)  # other threads do not have the variable
 
     @classmethod
     def enabled_fields(cls, fields: dict[str, object]) -> dict[str, object]:

@@ -6,12 +6,12 @@ from twotower.server.response_schemas import ModelCard
 from twotower.server.service import Service
 
 
-def model_card(service: Service) -> ModelCard:
-    """The model card of the served model."""
+def model_card(service: Service, name: str) -> ModelCard:
+    """The model card of the served model under one of its names."""
     several = service.model.config.denoisers if service.model.has_denoiser else None
     modes = ["diffusion", "verified", "ar", "auto", "mock_ar"] if service.model.has_denoiser else ["ar"]
     return ModelCard(
-        id=service.settings.name,
+        id=name,
         created=service.started,
         owned_by="twotower",
         max_model_len=service.engine.stats.max_seq_len,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
+from typing import TypeVar
 
 from twotower.decoding.output import Event, Generation
 from twotower.engine import AsyncLLM
@@ -23,6 +24,8 @@ from twotower.server.settings import ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 from twotower.tokenizer import require_tokenizer
 
+Result = TypeVar("Result")
+
 
 class Service:
     """Serves one model: builds the choices of requests, limits them and runs them."""
@@ -32,7 +35,7 @@ class Service:
         self.model = engine.llm.model
         self.settings = settings
         self.tokenizer = TokenizerAdapter(require_tokenizer(self.model.tokenizer))
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, settings.name)
         self.draining = False
         self.started = int(time.time())
         self._builder = ChoiceBuilder(engine, self.tokenizer)
@@ -78,9 +81,18 @@ class Service:
         prompts = await loop.run_in_executor(self._tokenizing, self._builder.prompts, request, self.settings)
         return len(prompts.tokens[0])
 
+    async def run_on_texts(self, work: Callable[..., Result], *arguments: object) -> Result:
+        """Runs work on texts in the thread of prompts, so that it does not block the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, *arguments)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the served model, as `/v1/models` lists them."""
+        return (self.settings.name, *self.settings.more_names)
+
     def check_model_name(self, model: str) -> None:
         """Raises RequestError (404) unless this is the name of the served model, or its hub id."""
-        if model not in (self.settings.name, *self.settings.aliases):
+        if model not in (*self.names, *self.settings.aliases):
             words = (
                 f"there is no model {model!r}; this server serves {self.settings.name!r}, so name that or omit model"
             )

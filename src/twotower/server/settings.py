@@ -38,7 +38,8 @@ class ServerSettings:
     decoding: defaults for `GenerationParams.of`, including the mode.
     sampling: defaults of every mode, from `generation_config.json`; `decoding` overrides them.
     api_keys: empty if requests need no key.
-    log_prompts: whether the log contains prompts. aliases: further names of the model, such as its hub id.
+    log_prompts: whether the log contains prompts. more_names: further names of the model, which `/v1/models` lists too.
+    aliases: names that it does not list, such as its hub id.
     allowed_origins: origins whose pages may call the server from a browser; "*" means all.
     root_path: path of the server behind a reverse proxy, such as /llm; empty without one.
     strict_fields: whether fields without effect on the text are refused like unknown fields.
@@ -46,11 +47,12 @@ class ServerSettings:
     """
 
     name: str
-    decoding: Mapping[str, object] = field(default_factory=lambda: {"mode": "diffusion"})
+    decoding: Mapping[str, object] = field(default_factory=lambda: {"mode": "verified"})
     sampling: Mapping[str, object] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[str, ...] = ()
     log_prompts: bool = False
+    more_names: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     root_path: str = ""

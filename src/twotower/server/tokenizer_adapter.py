@@ -38,6 +38,14 @@ class TokenizerAdapter:
         """
         return self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
 
+    def encode_text(self, text: str, special: bool) -> list[int]:
+        """Token ids of a text. special: whether the special tokens of the tokenizer are added, such as BOS.
+
+        Raises:
+            RequestError: The text has a lone surrogate.
+        """
+        return self._encode(text, special, "prompt")
+
     def encode_chat(self, conversation: Conversation) -> ChatPrompt:
         """The prompt of a chat up to the assistant's reply.
 
@@ -51,7 +59,7 @@ class TokenizerAdapter:
             text = templated_prompt(self.tokenizer, conversation)
             return ChatPrompt(self._encode(text, False, field), (), opening_of(text))
         check_template_fields(conversation, "")
-        text, stops = plain_prompt(conversation.messages)
+        text, stops = plain_prompt(conversation.messages, conversation.ending)
         return ChatPrompt(self._encode(text, True, field), stops)
 
     def longest_text(self, tokens: int) -> int:

@@ -46,10 +46,11 @@ const MODES = {
   },
   verified: {
     name: "Verified",
-    uses: ["threshold", "block_size"],
+    uses: ["threshold", "block_size", "draft_steps"],
     hint:
-      "The denoiser drafts tokens and the context tower verifies them. The text is the AR text: " +
-      "exactly in fp32 and float64, up to near ties in bf16.",
+      "The denoiser drafts tokens in a few passes, and the context tower verifies them in one. The text is the AR " +
+      "text: exactly in fp32 and float64, up to near ties in bf16. Without a number of passes per draft, the server " +
+      "chooses it by speed.",
   },
   auto: {
     name: "Auto",

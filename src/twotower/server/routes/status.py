@@ -13,16 +13,18 @@ from twotower.version import VERSION
 
 
 def add_status_routes(app: FastAPI, service: Service) -> None:
+    """Adds the routes."""
+
     @app.get("/v1/models", responses={401: ERROR_RESPONSES[401]})
     async def models() -> ModelList:
-        """The list of models, with the served model as its only entry."""
-        return ModelList(data=[model_card(service)])
+        """The list of models: the served model under each of its names."""
+        return ModelList(data=[model_card(service, name) for name in service.names])
 
     @app.get("/v1/models/{name:path}", responses={401: ERROR_RESPONSES[401], 404: ERROR_RESPONSES[404]})
     async def model(name: str) -> ModelCard:
         """The served model, by its name."""
         service.check_model_name(name)
-        return model_card(service)
+        return model_card(service, name if name in service.names else service.settings.name)
 
     @app.get("/health", responses={503: ERROR_RESPONSES[503]})
     async def health() -> dict[str, str]:
