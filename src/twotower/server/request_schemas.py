@@ -16,7 +16,7 @@ from twotower.server.conversation import Conversation, ToolUse
 from twotower.server.format_schemas import ResponseFormat
 from twotower.server.neutral_fields import strict_fields
 from twotower.server.request_errors import RequestError
-from twotower.server.sampling_schemas import SAMPLING_FIELDS, SamplingFields
+from twotower.server.sampling_schemas import SAMPLING_FIELDS, SamplingRequest
 from twotower.server.strict_model import JsonInteger, same_json
 
 # Bounds of what the server reads before it knows how many tokens a request has.
@@ -49,7 +49,7 @@ PARAMETER_OF_FIELD = {
 FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}
 
 
-class BaseRequest(SamplingFields):
+class BaseRequest(SamplingRequest):
     """Fields of all endpoints. `GenerationParams` documents the decoding fields, which the other APIs lack."""
 
     # Field that is not supported → the values that turn it off, beside null.

@@ -49,7 +49,7 @@ class StructuredOutputs(StrictModel):
     json_object: bool = False
 
 
-class SamplingFields(StrictModel):
+class SamplingRequest(StrictModel):
     """Fields of all endpoints. `decoding.sampling_fields.SamplingFields` documents them."""
 
     min_p: float | None = Field(
