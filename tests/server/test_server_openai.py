@@ -140,8 +140,8 @@ def test_closing_a_stream_frees_the_slot(served: RunningServer, client: openai.O
 
 def test_errors(served: RunningServer, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        client.completions.create(model=NAME, prompt=PROMPT, frequency_penalty=0.5)
-    assert bad.value.param == "frequency_penalty"
+        client.completions.create(model=NAME, prompt=PROMPT, suffix="x")
+    assert bad.value.param == "suffix"
     assert bad.value.code == "unsupported"
     with pytest.raises(openai.BadRequestError) as tools:
         client.chat.completions.create(model=NAME, messages=MESSAGES, tool_choice="required")
