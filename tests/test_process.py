@@ -20,7 +20,7 @@ SOURCE = Path(twotower.__file__).parent
 # Programs, which call `configure_process`. All other modules are a library, and leave these settings to the caller.
 PROGRAMS = {
     "cli/lm_eval.py", "cli/model_options.py", "cli/quantize.py", "cli/train.py",
-    "evaluation/held_out.py", "recipes/small.py", "recipes/stages.py", "recipes/page_trace.py",
+    "evaluation/held_out.py", "recipes/small.py", "recipes/ablations.py", "recipes/stages.py", "recipes/page_trace.py",
 }  # fmt: skip
 
 

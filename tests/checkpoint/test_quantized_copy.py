@@ -68,7 +68,7 @@ def test_adapters(tmp_path: Path, cli: Callable[..., Result]) -> None:
 @pytest.fixture
 def made(tmp_path: Path, cli: Callable[..., Result]) -> Path:
     """The bundled model in int4, as the command writes it."""
-    result = cli("quantize", "-o", tmp_path / "made", "--scheme", "int4")
+    result = cli("quantize", bundled_model("small"), "-o", tmp_path / "made", "--scheme", "int4")
     assert result.code == 0, result.err
     assert "int4: 3.8 MiB in model.safetensors, 39% of 9.8 MiB" in result.out
     return tmp_path / "made"

@@ -507,7 +507,7 @@ def test_a_tokenizer_with_spaces_as_characters() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "a constraint has nothing; give one of json_schema, json_object, regex, grammar"),
+        ({}, "a constraint has nothing; give one of json_schema, json_object, regex, choice, grammar"),
         ({"regex": "a", "json_object": True}, "a constraint has json_object and regex; give one of"),
         ({"regex": "(("}, "regex cannot be used: .*unclosed group; change it"),
         ({"regex": "(?=a)b"}, "look-ahead and look-behind, is not supported"),

@@ -136,7 +136,7 @@ def test_auto_errors() -> None:
 
 
 def test_the_command_line_says_what_was_chosen(cli: Callable[..., Result]) -> None:
-    result = cli("User: I need", "--mode", "auto", "-n", "6", "--dtype", "float32")
+    result = cli("User: I need", "-m", "bundled/small", "--mode", "auto", "-n", "6", "--dtype", "float32")
     assert result.code == 0
     assert "verified · 6 tokens" in result.err
     assert "mode verified: no draft has been measured yet" in result.err

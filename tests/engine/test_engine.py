@@ -347,7 +347,7 @@ def test_a_model_without_denoiser_runs_ar() -> None:
         ([5], {"max_new_tokens": 30, "block_size": 32}, "block_size is 32; this engine's blocks have at most 16"),
         ([], {"max_new_tokens": 5}, "the prompt is empty"),
         ([5], {"max_new_tokens": 5, "stop": ["x"]}, "stop strings need a tokenizer"),
-        ([5], {"max_new_tokens": 5, "eos_token_id": 999}, "eos_token_id is 999"),
+        ([5], {"max_new_tokens": 5, "eos_token_id": 999}, "eos_token_id has 999"),
     ],
 )
 def test_what_can_never_run_is_refused_at_once(

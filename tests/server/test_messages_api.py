@@ -213,6 +213,12 @@ def test_thinking_is_a_variable_of_the_template(served: RunningServer) -> None:
     assert last_prompt(served).endswith("<|im_start|>assistant\n")
 
 
+def test_a_reply_continues_the_last_turn_of_the_assistant(served: RunningServer) -> None:
+    answer = served.post(PATH, body_of("text", messages=[*ASK, {"role": "assistant", "content": "It is"}]))
+    assert answer.status_code == 200, answer.text
+    assert last_prompt(served).endswith("<|im_start|>assistant\nIt is")
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
@@ -224,7 +230,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": [RESULT]}]}, '"image"'),
     ({"messages": [{"role": "user", "content": [USE]}]}, "only a message of the assistant"),
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]}, "of the user"),
-    ({"messages": [*ASK, {"role": "assistant", "content": "It"}]}, "messages.1 is the last message"),
+    ({"messages": [*ASK, {"role": "assistant", "content": [USE]}]}, "messages.1 is the last message and has"),
     ({"messages": [{"role": "cat", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, '"type"'),
     ({"max_tokens": 0}, "max_tokens is 0"),

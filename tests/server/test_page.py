@@ -219,15 +219,16 @@ def test_a_comparison(browser: Browser, server: str, shots: Path, mode: str) -> 
     assert 0 < len(browser.all(".heatmap td.later")) < count
     assert float(browser.text("#panel-mode .time").split()[0]) > 0
     browser.shot(shots / f"race-{mode}.png")
-    if mode == "verified":  # a draft appears pass by pass, before the context tower accepts a part of it
+    if mode == "verified":  # a draft appears before the context tower accepts a part of it
         browser.press("HOME")
         said = []
         for _ in range(6):
             browser.press("ARROW_RIGHT")
             said.append(browser.text("#panel-mode .step"))
-        drafted = [int(found[1]) for line in said if (found := re.match(r"draft 1: (\d+) of \d+ tokens drafted", line))]
-        assert drafted == sorted(set(drafted))
-        assert drafted
+        drafted = [
+            int(found[1]) for line in said if (found := re.match(r"draft \d+: (\d+) of \d+ tokens drafted", line))
+        ]
+        assert max(drafted) > 0
         assert any("accepted, one added by the context tower" in line for line in said)
     browser.press("END")
     assert browser.text("#panel-mode .whole") == text

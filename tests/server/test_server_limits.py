@@ -376,7 +376,9 @@ def test_header_time_limit(served: RunningServer, monkeypatch: pytest.MonkeyPatc
 def test_write_time_limit(served: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that does not read its stream is disconnected after the time limit."""
     monkeypatch.setattr("twotower.server.http_timeouts.WRITE_SECONDS", 0.3)
-    monkeypatch.setattr("twotower.server.streaming._sse_event", lambda body: b"data: " + body.ljust(2**20) + b"\n\n")
+    monkeypatch.setattr(
+        "twotower.server.response_builder.sse_event", lambda body: b"data: " + body.ljust(2**20) + b"\n\n"
+    )
     with asking(served, True):
         wait_until(lambda: served.service.active_choices == 1)
         wait_until(lambda: served.service.active_choices == 0, "the request is still active")

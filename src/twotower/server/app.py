@@ -52,8 +52,8 @@ def create_app(service: Service) -> FastAPI:
     add_token_routes(app, service)
     add_ollama_routes(app, service)
     add_page(app)
-    _complete_schema(app)
     add_docs_page(app)
+    _complete_schema(app)  # last, because FastAPI makes the schema anew after another route
     return app
 
 

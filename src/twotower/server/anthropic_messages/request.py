@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from twotower.server.anthropic_messages.content import MessageParam, Texts, text_of, turns_of
-from twotower.server.conversation import Conversation, ToolUse
+from twotower.server.conversation import Conversation, Ending, ToolUse
 from twotower.server.format_schemas import JsonSchema, ResponseFormat, check_size
 from twotower.server.message_schemas import Message
 from twotower.server.request_errors import RequestError
@@ -127,7 +127,7 @@ class PromptRequest(ChatRequest):
     unsupported_fields: ClassVar[Mapping[str, tuple[object, ...]]] = UNSUPPORTED_FIELDS
 
     messages: Annotated[list[MessageParam], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)] = Field(
-        description="The turns of the chat so far. The last one is not of the assistant."
+        description="The turns of the chat so far. The reply continues the last one if it is of the assistant."
     )
     system: str | Texts | None = Field(None, description="A system message before the turns.")
     tools: Annotated[
@@ -177,10 +177,12 @@ class PromptRequest(ChatRequest):
                 raise RequestError(f"messages.{number} {error}; move the block", param="messages") from None
             turns += own
             places += [f"messages.{number}"] * len(own)
-        if self.messages[-1].role == "assistant":
-            words = f"messages.{len(self.messages) - 1} is the last message and of the assistant"
-            raise RequestError(f"{words}, whose text this server does not continue; omit it", param="messages")
-        return Conversation(turns, self.tool_use, self._template_arguments, "messages", places)
+        continues = self.messages[-1].role == "assistant"
+        if continues and turns[-1].tool_calls:
+            words = f"messages.{len(self.messages) - 1} is the last message and has a tool_use"
+            raise RequestError(f"{words}; add a message with its tool_result", param="messages")
+        ending: Ending = "continue" if continues else "reply"
+        return Conversation(turns, self.tool_use, self._template_arguments, "messages", places, ending)
 
     @property
     def _template_arguments(self) -> dict[str, object]:

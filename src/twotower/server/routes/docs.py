@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from html import escape
 
 from fastapi import FastAPI
@@ -29,13 +30,16 @@ td:nth-child(even) { overflow-wrap: anywhere; }
 
 
 def add_docs_page(app: FastAPI) -> None:
-    """Adds the page. Call it when the schema of the app is complete."""
-    text = docs_page(app.openapi())
+    """Adds the page. It shows the schema of the app as it is at the first request."""
     headers = {"content-security-policy": CONTENT_SECURITY_POLICY, "x-content-type-options": "nosniff"}
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(text, headers=headers)
+        return HTMLResponse(text(), headers=headers)
+
+    @cache
+    def text() -> str:
+        return docs_page(app.openapi())
 
 
 def docs_page(schema: Mapping[str, object]) -> str:
