@@ -42,7 +42,7 @@ def reply(prompt: str) -> str:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[RunningServer]:
-    model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
     model.tokenizer.chat_template = TEMPLATES["hermes"] + NO_REASONING
     engine = ScriptedLLM(LLM(model, rows=2, length=4096), reply)
     with serving(service=Service(engine, ServerSettings(name="small", decoding={"mode": "verified"}))) as found:
