@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py [--at-once 1,4,16,64] [--modes ar,diffusion,verified] [--requests 192] [--dtype float64]
 
-One `twotower serve` of the bundled model answers on the loopback interface; the clients are tasks of this process. For
+One `twotower serve` of bundled/small answers on the loopback interface; the clients are tasks of this process. For
 every number of clients, the same requests are sent in each mode. Every tenth client disconnects after a random number
 of chunks. In turn with the server, an engine in this process generates the same texts with as many rows. The ratio is
 the cost of HTTP, JSON and two processes, with the clients. Every complete answer is compared with the engine's. Times
@@ -58,7 +58,7 @@ class Server:
     """A `twotower serve` on a free port of the loopback interface."""
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "twotower", "serve", "--port", "0", *arguments]
+        command = [sys.executable, "-m", "twotower", "serve", "--model", "bundled/small", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -151,7 +151,7 @@ def offline(model: Any, requests: list[Request], rows: int) -> tuple[list[Genera
 async def measure(
     at_once: Sequence[int], modes: Sequence[str], count: int, new: int, dtype: str, rounds: int
 ) -> dict[str, Any]:
-    model = model_loading.load_model(model_loading.source_of(None), dtype=dtype)
+    model = model_loading.load_model(model_loading.source_of("bundled/small"), dtype=dtype)
     tokens = few_shot_prompts(model, count, CONTEXT)
     shared = {"eos_token_id": model_loading.eos_of(model), "mask_token_id": model.config.mask_token, "temperature": 0.0}
     server = Server("--dtype", dtype, "--rows", str(max(at_once)), "--length", "2048", "--queue", str(2 * count))
@@ -192,7 +192,7 @@ async def measure(
 
 
 def table(facts: dict[str, Any]) -> Table:
-    out = Table(title=f"twotower serve, bundled model, {facts['dtype']}: streaming clients, one in ten leaves early")
+    out = Table(title=f"twotower serve, bundled/small, {facts['dtype']}: streaming clients, one in ten leaves early")
     columns = "clients", "answers", "differ", "tokens/s", "÷ engine", "first block p50 / p95 ms", "end p50 / p95 ms"
     for name in ("mode", *columns, "server, MiB"):
         out.add_column(name, justify="left" if name == "mode" else "right")
@@ -218,7 +218,7 @@ def table(facts: dict[str, Any]) -> Table:
 def main(
     at_once: tuple[int, ...], modes: str, count: int, new: int, rounds: int, dtype: str, quick: bool, as_json: bool
 ) -> None:
-    """Measures a server of the bundled model."""
+    """Measures a server of bundled/small."""
     start()
     chosen = names(modes, DECODING, "--modes")
     if quick:
