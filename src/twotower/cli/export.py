@@ -168,14 +168,7 @@ def summary(made: ExportResult) -> Iterator[str]:
 
 @click.command()
 @click.argument("denoisers", nargs=-1, required=True, metavar="NAME=MODEL NAME=MODEL…")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Directory of the new checkpoint.",
-)
+@models.new_checkpoint_option
 @click.option(
     "--for",
     "modes",

@@ -26,14 +26,7 @@ BLOCK_ATTENTIONS = ("full", "prefix_causal")
 @click.option(
     "--from", "source", required=True, metavar="MODEL", help="One-tower checkpoint: a directory, hub id or GGUF file."
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Directory of the new checkpoint.",
-)
+@models.new_checkpoint_option
 @click.option(
     "--mask-token",
     "--mask-token-id",

@@ -39,6 +39,15 @@ model_option = click.option(
     help="Checkpoint directory, id on the hub, or bundled/NAME.  [default: the bundled model]",
 )
 
+new_checkpoint_option = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the new checkpoint.",
+)
+
 setting_option = click.option(
     "-s",
     "--setting",

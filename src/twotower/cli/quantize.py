@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Directory of the new checkpoint.",
-)
+@models.new_checkpoint_option
 @click.option(
     "--scheme",
     metavar="PLAN",
