@@ -22,6 +22,7 @@ import torch
 from command import Result, assert_one_line_error
 from conftest import build_random_model
 from gguf_models import EXPORTED, save_exported, save_merging_tokenizer
+from peak_memory import WATCH
 from preloaded import run_script
 from test_conversion import tensors as stored_tensors
 from tiny_backbones import SHAPES, hf_model, two_tower
@@ -493,21 +494,13 @@ def test_a_full_disk_is_one_line(two: Path, tmp_path: Path) -> None:
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
-CHILD = """
+CHILD = (
+    WATCH
+    + """
 import sys, threading, time
 import torch
 from twotower.checkpoint.gguf_export.export import export_gguf
 import gguf.quants, transformers
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
 
 export_gguf(sys.argv[1], sys.argv[3] + "/first")  # what is loaded once
 done, before = False, anonymous()
@@ -519,6 +512,7 @@ done = True
 thread.join()
 print(peak - before)
 """
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peak_memory import WATCH
 from safetensors.torch import save_file
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
@@ -21,20 +22,12 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 LIMIT = 1.2  # rise of anonymous memory over the level after import, in sizes of the weights
 
-CHILD = """
+CHILD = (
+    WATCH
+    + """
 import json, os, sys, threading, time
 import torch, twotower
 from twotower import TwoTowerForCausalLM
-
-def anonymous():
-    with open("/proc/self/status") as status:
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
 
 torch.set_num_threads(1)
 path = sys.argv[1]
@@ -54,6 +47,7 @@ for arguments in json.loads(sys.argv[2]):
     print(json.dumps({"weights": weights, "peak": peak - before}), flush=True)
     os._exit(0)
 """
+)
 
 
 def write_checkpoint(directory: Path, scale: int, shards: int) -> None:
