@@ -19,6 +19,8 @@ from twotower.model.adapters import MaskEmbedding
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.moe import Experts, Int4Experts, Int8Experts
+from twotower.model.tower import Tower
+from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference.integer import MAX_WIDTH
 from twotower.quantization import INT8_ACTIVATIONS, PARTS, Part, QuantizationPlan, Scheme, TowerName, text_of
 
@@ -46,6 +48,7 @@ def quantize_(model: Model, plan: QuantizationPlan | str = "int8") -> Model:
             f"quantize_: {str(schemes)!r} has other activations than weights that are quantised already; load the "
             "original weights, and quantise them with one plan"
         )
+    _release_modules(model)
     made: WeakKeyDictionary[nn.Module, nn.Module] = (
         WeakKeyDictionary()
     )  # weak, so that each old weight is freed at once
@@ -61,6 +64,15 @@ def quantize_(model: Model, plan: QuantizationPlan | str = "int8") -> Model:
         setattr(holder, name, made[child])
         del child
     return model
+
+
+def _release_modules(model: nn.Module) -> None:
+    """Makes runners and views forget the modules of earlier passes, so that each old weight is freed at once."""
+    for module in model.modules():
+        if isinstance(module, TwoTowerModel):
+            module.release_modules()
+        elif isinstance(module, Tower):
+            module.release()
 
 
 def large_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -139,6 +139,12 @@ class Views:
             assert callable(release)
             release()
 
+    def drop(self) -> None:
+        """Forgets the views, so that modules which are about to be replaced are not kept."""
+        self.release()
+        with self._lock:
+            self._made.clear()
+
 
 def _view(model: Model, name: str) -> Model:
     config, denoisers, context = model.config, model.denoisers, model.context

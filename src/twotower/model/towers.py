@@ -150,6 +150,11 @@ class TwoTowerModel(nn.Module):
             tower.release()
         self._views.release()
 
+    def release_modules(self) -> None:
+        """Frees whatever keeps modules that are about to be replaced: prepared data, and views with one denoiser."""
+        self.release()
+        self._views.drop()
+
     def place_towers_on_devices(
         self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
     ) -> Self:
