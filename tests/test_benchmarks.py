@@ -17,8 +17,10 @@ from packed import MASK, case
 from preloaded import run_script
 from tiny_backbones import save, two_tower
 
-from twotower import TwoTowerConfig, bundled_model
+from twotower import LLM, GenerationParams, TwoTowerConfig, bundled_model
 from twotower.checkpoint.convert import convert
+from twotower.decoding.unmasking import Pass
+from twotower.engine import Request
 from twotower.training.objective import DenoisingOptions
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -59,6 +61,34 @@ def test_rates_and_rooflines() -> None:
         computing = work["operations"] / rates["operations_per_second"]
         assert roofline == pytest.approx(max(reading, computing))
     assert facts["rooflines"]["AR step"] < facts["rooflines"]["denoiser pass"]
+
+
+@pytest.mark.parametrize("rate", [1.5, 3.0, 5.0])
+def test_a_forced_rate_does_not_count_idle_passes(modules: None, rate: float) -> None:
+    """Asynchronous scheduling launches a pass over a block that the pass before has finished."""
+    from common.forced_rate import forced
+    from common.models import config_of, random_model
+
+    model = random_model(config_of(None), torch.float32, torch.device("cpu"))
+    settings: dict[str, Any] = {"mode": "diffusion", "block_size": 16, "steps_per_block": 16, "max_new_tokens": 96}
+    llm = LLM(model, rows=1, length=128)
+    llm.core.async_scheduling = True
+    with forced() as schedule:
+        schedule.begin()
+        params = GenerationParams.of(policy="forced", policy_value=rate, seed=0, **settings)
+        (output,) = llm.generate([Request([5, 6, 7], params)])
+    assert output.tokens_per_pass == pytest.approx(rate, rel=0.1)
+
+
+def test_a_forced_rate_reads_nothing_on_the_host(modules: None) -> None:
+    """A tensor of the meta device has no values that the host could read."""
+    from common.forced_rate import Schedule
+
+    floats, masked = torch.empty(1, 16, device="meta"), torch.empty(1, 16, device="meta", dtype=torch.bool)
+    step = torch.empty(1, 1, device="meta")
+    schedule, seen = Schedule(), Pass(floats, step, floats, masked, step, step)
+    for memory in (None, True):
+        assert schedule(seen._replace(memory=memory), step).sure.is_meta
 
 
 def test_passes() -> None:

@@ -19,22 +19,24 @@ RATES = (1.5, 3.0, 5.0)
 class Schedule:
     """A policy that commits `rate` positions a pass on average over the blocks of one text.
 
-    After P passes, ⌊rate · P⌋ positions are committed, or the block ends. Call `begin` before each text.
+    After P passes, ⌊rate · P⌋ positions are committed, or the block ends. Idle passes, which asynchronous scheduling
+    launches over finished blocks, do not count. The host reads nothing of the device. Call `begin` before each text.
     """
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
-        self.passes = self.blocks = 0
+        self.blocks = 0
+        self.passes: torch.Tensor | int = 0  # on the device, after the first pass
 
     def __call__(self, seen: Pass, value: torch.Tensor) -> Verdict:
         if seen.memory is None:
             self.blocks += 1
-        self.passes += 1
         size = seen.masked.shape[1]
-        due = int(float(value[0]) * self.passes) - size * (self.blocks - 1)
         open_ = seen.masked.sum(1, keepdim=True)
+        self.passes = self.passes + (open_ > 0)
+        due = (value.double() * self.passes).floor() - size * (self.blocks - 1)
         return Verdict(ranks(seen.confidence, seen.masked) < due - (size - open_), seen.confidence, True)
 
 
