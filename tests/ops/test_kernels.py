@@ -312,6 +312,22 @@ def test_grouped_experts_of_odd_widths(gated: bool) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
 
 
+@pytest.mark.parametrize(("width", "inner"), [(10, 13), (37, 21), (8, 12), (24, 8)])
+def test_grouped_experts_of_odd_widths_in_bf16(width: int, inner: int) -> None:
+    """In bf16 the widths must be multiples of 8 for torch; others are padded, not refused."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(5, *shape, generator=generator) for shape in ((inner, width), (width, inner)))
+    hidden, weight = torch.randn(9, width, generator=generator), torch.rand(9, 2, generator=generator)
+    matrices = [part.bfloat16() for part in (hidden, up, down)]
+    chosen = torch.rand(9, 5, generator=generator).topk(2).indices
+    found = experts_grouped(matrices[0], chosen, weight, None, *matrices[1:], "relu2")
+    exact = experts_dense(
+        matrices[0].double(), chosen, weight.double(), None, *(p.double() for p in matrices[1:]), "relu2"
+    )
+    assert found.dtype == torch.bfloat16
+    assert (found - exact).abs().max() < 2e-2 * exact.abs().max()
+
+
 # --- the router ---------------------------------------------------------------------------------------------------
 
 
