@@ -6,7 +6,8 @@
 requests: tokens per second by the number of requests at once, with the ratio that the pass's matmuls allow
 (`common/matmuls.py`). The same texts are generated at every number, in groups if fewer run at once than there are
 texts; the engine gets a group at once. A rate counts the tokens from the moment when every row of the group has begun
-to the first end of a row ("overall" includes the prefill). Latency is from a request's arrival to its end, for the
+to the first end of a row ("overall" includes the prefill). There is no rate if rows end before all have begun: give
+more --tokens. Latency is from a request's arrival to its end, for the
 first block to its first new tokens; both include waiting for the prefill. If the number of passes depends on the text
 (diffusion, verified), beginnings may be easier than ends, which favours N > 1 a little; "overall times one", in the
 JSON, counts everything. Modes and numbers take turns within a round.
@@ -80,7 +81,6 @@ def measure(
             if number:
                 groups.append(group)
     first = found[modes[0], at_once[0]]
-    assert all(group.tokens for groups in found.values() for group in groups), "texts too short to measure a rate"
     runs = {name: run for rows in at_once for name, run in matmul_runs(model, rows).items()}
     progress("matmuls alone")
     times = interleaved(runs, model.device, max(3 * rounds, 3), warm_up=2, least=0.002)
@@ -96,17 +96,15 @@ def measure(
             for group, one in zip(groups, alone, strict=True)
             for a, b in zip(group.texts, one.texts, strict=False)
         ]
-        own = statistics.median(
-            (group.tokens / group.seconds) / (one.tokens / one.seconds)
-            for group, one in zip(groups, alone, strict=True)
-        )
+        rates, single = [group.rate for group in groups], [group.rate for group in alone]
+        own = median_or_none([a and b and a / b for a, b in zip(rates, single, strict=True)])
         latency = sorted(value for group in groups for value in group.latency)
         block = sorted(value for group in groups for value in group.first)
         rows_found.append(
             {
                 "mode": mode,
                 "at once": rows,
-                "tokens/s": statistics.median(group.tokens / group.seconds for group in groups),
+                "tokens/s": median_or_none(rates),
                 "overall tokens/s": statistics.median(group.all_tokens / group.all_seconds for group in groups),
                 "times one": own,
                 "overall times one": statistics.median(
@@ -114,7 +112,7 @@ def measure(
                     for group, one in zip(groups, alone, strict=True)
                 ),
                 "matmuls allow": allowed[mode][rows],
-                "share of it": own / allowed[mode][rows],
+                "share of it": own and own / allowed[mode][rows],
                 "latency p50": percentile(latency, 0.50),
                 "latency p95": percentile(latency, 0.95),
                 "first block p50": percentile(block, 0.50),
@@ -131,6 +129,16 @@ def measure(
     }  # fmt: skip
 
 
+def median_or_none(values: Sequence[float | None]) -> float | None:
+    """The median; None if a round has no rate."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if len(known) == len(values) else None
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
     table = Table(
         "mode", "at once", "tokens/s", "× one", "matmuls", "share", "overall", "p50, ms", "p95, ms", "first p50",
@@ -138,12 +146,14 @@ def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
     )  # fmt: skip
     for row in found["measured"]:
         table.add_row(
-            row["mode"], str(row["at once"]), f"{row['tokens/s']:.0f}", f"{row['times one']:.2f}",
-            f"{row['matmuls allow']:.2f}", f"{row['share of it']:.2f}", f"{row['overall tokens/s']:.0f}",
+            row["mode"], str(row["at once"]), shown(row["tokens/s"], 0), shown(row["times one"], 2),
+            f"{row['matmuls allow']:.2f}", shown(row["share of it"], 2), f"{row['overall tokens/s']:.0f}",
             *(f"{row[f'{what} {part}'] * 1e3:.0f}" for what in ("latency", "first block") for part in ("p50", "p95")),
         )  # fmt: skip
     yield table
     for row in found["measured"]:
+        if row["tokens/s"] is None:
+            yield f"{row['mode']}, {row['at once']} at once: no rate: rows end before all have begun; more --tokens"
         if row["same texts as alone"] < 1:
             yield f"{row['mode']}, {row['at once']} at once: {row['same texts as alone']:.1%} of texts as alone"
 

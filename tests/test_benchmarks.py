@@ -17,7 +17,7 @@ from packed import MASK, case
 from preloaded import run_script
 from tiny_backbones import save, two_tower
 
-from twotower import LLM, GenerationParams, TwoTowerConfig, bundled_model
+from twotower import LLM, GenerationParams, TwoTowerConfig, TwoTowerForCausalLM, bundled_model
 from twotower.checkpoint.convert import convert
 from twotower.decoding.unmasking import Pass
 from twotower.engine import Request
@@ -187,6 +187,23 @@ def test_peers(tmp_path: Path) -> None:
         # A step of AR is the difference of two times, which a short run on a busy machine may turn around.
         assert all(value > 0 for kind, value in side["seconds"].items() if kind != "AR step")
         assert all(value == 1 or name != "twotower" for value in side["ours takes"].values())
+
+
+@pytest.mark.usefixtures("modules")
+def test_throughput_of_texts_that_are_too_short_for_a_rate() -> None:
+    """Diffusion writes a text of one block in one step, so no period has all rows; the other figures remain."""
+    import throughput
+
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype="float32")
+    shape: dict[str, Any] = {"texts": 2, "context": 24, "tokens": 16, "rounds": 1, "modes": ("ar", "diffusion")}
+    measured = throughput.measure(model, at_once=(1, 4), **shape)["measured"]
+    rates = {(row["mode"], row["at once"]): row["tokens/s"] for row in measured}
+    assert rates["diffusion", 4] is None
+    assert rates["ar", 4] > 0
+    assert all(row["overall tokens/s"] > 0 and row["same texts as alone"] == 1 for row in measured)
+    assert "diffusion, 4 at once: no rate" in "\n".join(map(str, throughput.tables(
+        {"measured": measured, "context": 24, "tokens": 16}
+    )))  # fmt: skip
 
 
 def test_throughput() -> None:

@@ -40,6 +40,11 @@ class Group:
     denoiser_passes: int = 0
     context_passes: int = 0
 
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second while all rows write; None if rows end before all have begun."""
+        return self.tokens / self.seconds if self.tokens else None
+
 
 def run_group(llm: LLM, prompts: Sequence[list[int]], params: GenerationParams) -> Group:
     """Runs all requests of a group at once, to their ends."""

@@ -172,6 +172,24 @@ def test_a_wrong_kernel_is_not_used_and_warns(monkeypatch: pytest.MonkeyPatch) -
         assert registry.select("linear", CPU, torch.float32, differentiable=False).name == "torch"
 
 
+def test_a_time_limit_of_the_caller_refuses_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit ends the first self-check; the next one decides."""
+    right, calls = next(backend for op, backend in NATIVE if op == "linear"), []
+
+    def late(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise TimeoutError("cut off after 30 s")
+        return right.function(*arguments)
+
+    backend = Backend("native", late, "", right.unsupported_reason, compiled=True)
+    monkeypatch.setattr(registry, "REGISTRY", REGISTRY | {"linear": (backend, REGISTRY["linear"][-1])})
+    monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
+    with pytest.raises(TimeoutError):
+        registry.select("linear", CPU, torch.float32, differentiable=False)
+    assert registry.select("linear", CPU, torch.float32, differentiable=False).name == "native"
+
+
 def test_every_kernel_passes_its_self_check_here() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

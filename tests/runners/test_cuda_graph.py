@@ -282,6 +282,23 @@ def failing(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], Pa
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
+def test_a_time_limit_of_the_caller_turns_no_graphs_off(
+    model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
+        raise TimeoutError("cut off after 30 s")
+
+    def passes() -> None:
+        for _ in range(4):
+            model.extend(torch.randint(64, (2, 3)), model.new_state(2, 8))
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(cuda_graph, "capturer", lambda device, pool: late)
+        with pytest.raises(TimeoutError):
+            passes()
+    assert graphs(model.context).disabled_reason is None
+
+
 def test_few_are_kept(model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "MAX_GRAPHS", 2)
     with torch.no_grad():

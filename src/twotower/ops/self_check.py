@@ -29,11 +29,17 @@ class Case(NamedTuple):
 
 
 def find_mismatch(function: Callable[..., object], reference: Callable[..., object], cases: list[Case]) -> str | None:
-    """None if `function` agrees with the float64 results of `reference` on every case; otherwise a description."""
+    """None if `function` agrees with the float64 results of `reference` on every case; otherwise a description.
+
+    Raises:
+        TimeoutError: the caller's time limit ended the check, which says nothing about the kernel.
+    """
     for name, arguments, tolerance in cases:
         expected = reference(*map(_as_float64, arguments()))
         try:
             found = function(*arguments())
+        except TimeoutError:
+            raise
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             return f"raised {type(error).__name__} on {name}: {first_line}"

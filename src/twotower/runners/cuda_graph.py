@@ -142,6 +142,8 @@ class CUDAGraphRunner:
         try:
             graph = CapturedGraph(tower, inputs, rows, self._pool)
             self.disabled_reason = compare(graph.run(inputs), tower.layer_by_layer(*inputs))
+        except TimeoutError:  # a time limit of the caller, which says nothing about the graph
+            raise
         except Exception as error:  # a capture can fail in many ways; the layers run instead
             self.disabled_reason = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if self.disabled_reason is None:
