@@ -177,6 +177,7 @@ def peak_of(measured: Profile) -> int:
         ("M*-M", torch.float32, "frozen", False, 0.002),
         ("MM-", torch.float32, "frozen", True, 0.02),
         ("*-M", torch.float32, "tied", True, 0.02),
+        ("M*E-ME", torch.float32, "frozen", True, 0.02),
         ("M*E-ME", torch.bfloat16, "frozen", False, 0.002),
         ("M*E-ME", torch.bfloat16, "frozen", True, 0.01),
         ("hybrid, fewer experts", torch.bfloat16, "frozen", True, 0.02),

@@ -50,6 +50,7 @@ class Backend:
 
     unsupported_reason(device, dtype): None if the backend supports them, otherwise the reason why not. compiled: a
     kernel of this package: it has no gradients, and it is self-checked on the operation's `CASES` before its first use.
+    trains: used only where gradients may be needed.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Backend:
     description: str
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     compiled: bool = False
+    trains: bool = False
 
 
 def _grouped_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -71,6 +73,10 @@ def _grouped_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
 
 def _host_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else "would make the host wait for the device"
+
+
+def _device_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cuda" else "is for CUDA"
 
 
 def _triton(module: str, name: str, description: str) -> Backend:
@@ -176,6 +182,14 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
             "reads selected experts only; host memory needs no sync",
             _host_unsupported_reason,
         ),
+        # Copies of the selected weights take 24 GB a layer for 8,192 tokens in fp32, and training keeps them.
+        Backend(
+            "sorted-loop, waiting",
+            experts.experts_sorted,
+            "reads selected experts only; the host waits for their numbers of tokens",
+            _device_unsupported_reason,
+            trains=True,
+        ),
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the selected weights"),
     ),
     "experts_int4": (
@@ -222,14 +236,15 @@ def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bo
 
     differentiable: whether gradients may be needed; None: whether autograd records now or a dispatch mode is active.
     """
-    if differentiable is None:  # a dispatch mode (FLOP counter, fake tensors, tracing) must see torch operations
-        differentiable = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
-    return _select(op, device, dtype, differentiable, options.current().kernels_key)
+    trains = torch.is_grad_enabled() if differentiable is None else differentiable
+    # A dispatch mode (FLOP counter, fake tensors, tracing) must see torch operations.
+    plain = trains or (differentiable is None and torch._C._len_torch_dispatch_stack() > 0)
+    return _select(op, device, dtype, plain, trains, options.current().kernels_key)
 
 
 @cache
-def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool, options_key: str) -> Backend:
-    fitting = (b for b in REGISTRY[op] if not (b.compiled and differentiable))
+def _select(op: str, device: torch.device, dtype: torch.dtype, plain: bool, trains: bool, options_key: str) -> Backend:
+    fitting = (b for b in REGISTRY[op] if not (b.compiled and plain) and (trains or not b.trains))
     return next(b for b in fitting if _unsupported_reason(op, b, device, dtype, options_key) is None)
 
 
@@ -262,9 +277,8 @@ def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str
     rows, key = [], options.current().kernels_key
     for op, backends in REGISTRY.items():
         chosen = select(op, device, dtype, differentiable=False)
-        passed = [
-            f"{b.name} {_unsupported_reason(op, b, device, dtype, key)}" for b in backends[: backends.index(chosen)]
-        ]
+        before = (b for b in backends[: backends.index(chosen)] if not b.trains)
+        passed = [f"{b.name} {_unsupported_reason(op, b, device, dtype, key)}" for b in before]
         checked = ["passed its self-check"] if chosen.compiled else []
         rows.append((op, chosen.name, "; ".join([chosen.description, *checked, *passed])))
     return rows

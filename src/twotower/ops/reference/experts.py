@@ -9,6 +9,7 @@ the host once per expert. `int8` has the same functions for int8 weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from twotower.specs import Activation
 
 Packed = tuple[Tensor | None, Tensor | None, Tensor | None]
 NOT_PACKED: Packed = (None, None, None)
+GATHERED = 2**28  # values of weights that `experts_gathered` copies at a time: 1 GiB in fp32
 Matrices = TypeVar("Matrices")  # the matrices of all experts: a tensor, or int8 values and scales
 
 
@@ -37,11 +39,23 @@ def experts_sorted(
 
     Reads the counts on the host (free on a CPU).
     """
+    gates, ups, downs = (None if matrices is None else _of_each(matrices) for matrices in (gate, up, down))
+    assert ups is not None
+    assert downs is not None
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
-        return expert_mlp(rows, gate, up, down, activation, lambda x, matrices: F.linear(x, matrices[expert]))
+        own = None if gates is None else gates[expert]
+        return expert_mlp(rows, own, ups[expert], downs[expert], activation, F.linear)
 
     return loop_over_experts(hidden, topk_ids, weight, len(up), mlp)
+
+
+def _of_each(matrices: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """The matrices by number of the expert. Those that train are views of one operation, with one stacked gradient.
+
+    The backward pass of `matrices[expert]` would write the gradients of all experts, once for each selected one.
+    """
+    return matrices.unbind(0) if matrices.requires_grad and torch.is_grad_enabled() else matrices
 
 
 def expert_mlp(
@@ -64,11 +78,20 @@ def loop_over_experts(
     """The mixture, with mlp(expert, its tokens (n, H)) → (n, H)."""
     flat = topk_ids.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
+    counts = _tokens_of_each(flat, experts)
     gathered = hidden[order // topk_ids.shape[1]]  # (T·k, H), grouped by expert
     parts = [mlp(expert, rows) for expert, rows in enumerate(gathered.split(counts)) if counts[expert]]
     # Without tokens the weights still get a zero gradient: FSDP processes wait for each other's gradients.
     return combine(torch.cat(parts) if parts else mlp(0, gathered), order, weight)
+
+
+def _tokens_of_each(choices: Tensor, experts: int) -> list[int]:
+    """The number of choices (n,) of each expert, on the host; an even share on the meta device."""
+    if choices.is_meta:
+        count = choices.numel()
+        return [count * (expert + 1) // experts - count * expert // experts for expert in range(experts)]
+    counts: list[int] = torch.bincount(choices, minlength=experts).tolist()
+    return counts
 
 
 def experts_gathered(
@@ -81,11 +104,22 @@ def experts_gathered(
     activation: Activation,
     packed: Packed = NOT_PACKED,
 ) -> Tensor:
-    """Copies the selected experts' weights, batched matmuls: shapes depend only on T, no host read."""
-    pairs = topk_ids.flatten()
+    """Copies the selected experts' weights, batched matmuls: shapes depend only on T, no host read.
+
+    Copies at most GATHERED values of a projection at a time.
+    """
+    each = max(GATHERED // up[0].numel(), 1)
     x = hidden.repeat_interleave(topk_ids.shape[1], 0)[:, :, None]  # (T·k, H, 1)
-    out = expert_mlp(x, gate, up, down, activation, lambda x, matrices: matrices[pairs] @ x)
-    return weighted_sum(out[..., 0], weight)
+    parts = [
+        expert_mlp(rows, gate, up, down, activation, partial(_product_of_pairs, pairs=pairs))
+        for rows, pairs in zip(x.split(each), topk_ids.flatten().split(each), strict=True)
+    ]
+    return weighted_sum((parts[0] if len(parts) == 1 else torch.cat(parts))[..., 0], weight)
+
+
+def _product_of_pairs(x: Tensor, matrices: Tensor, pairs: Tensor) -> Tensor:
+    """x (n, in, 1) times copies of the matrices of experts `pairs` (n,)."""
+    return matrices[pairs] @ x
 
 
 def experts_grouped(

@@ -2,8 +2,8 @@
 
 One unit of each kind of the objective runs forward and backward on the meta device. Every storage is tracked until it
 is freed, so that saved and temporary tensors both count, and no formula repeats the model. Two operations are replaced
-(`meta_ops.py`): in bf16, routed experts use the grouped backend, as on CUDA (in fp32 the gathered one, as there), and
-attention saves what a fused kernel saves. Memory that a kernel allocates internally is not counted.
+(`meta_ops.py`): in bf16, routed experts use the grouped backend, as on CUDA (in fp32 they loop, as there). Attention
+saves what a fused kernel saves. Memory that a kernel allocates internally is not counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from twotower.training.layer_pair import LayerPair, run_unit
 from twotower.training.logits import negative_log_likelihood
 from twotower.training.objective import DenoisingObjective, DenoisingOptions
 from twotower.training.planning.live_bytes import LiveBytes
-from twotower.training.planning.meta_ops import FusedAttention, tower_with_grouped_experts
+from twotower.training.planning.meta_ops import FusedAttention, tower_of_cuda
 from twotower.training.planning.plan_setup import ContextRole
 from twotower.training.planning.profile import Profile, Share, Unit, UnitUse
 from twotower.training.recipe import ADAPTER_RECIPE, AS_RELEASED
@@ -47,11 +47,10 @@ def build(
     denoiser_spec: TowerSpec | None = None,
 ) -> tuple[AnyObjective, int]:
     """The objective on the meta device, in the dtypes of a forward pass under FSDP; and the parameters of a tower."""
-    make_tower = tower_with_grouped_experts if dtype == torch.bfloat16 else Tower
     objective: AnyObjective
     if adapters is not None:
         with torch.device("meta"):
-            tower = make_tower(spec)
+            tower = tower_of_cuda(spec, dtype)
             count = sum(p.numel() for p in tower.parameters())
             tower.add_adapters(adapters, 0, draft_head)
         recipe = ADAPTER_RECIPE if teacher else replace(ADAPTER_RECIPE, targets=ONLY_TOKENS)
@@ -60,8 +59,8 @@ def build(
         cast(objective, dtype)
         return objective, count
     with torch.device("meta"):
-        denoiser = make_tower(denoiser_spec or spec)
-        reader = denoiser if context == "tied" else make_tower(spec)
+        denoiser = tower_of_cuda(denoiser_spec or spec, dtype)
+        reader = denoiser if context == "tied" else tower_of_cuda(spec, dtype)
         time = TimeConditioning(spec.hidden_size, denoiser.spec.num_layers)
     options = DenoisingOptions(
         mask_token_id=0,

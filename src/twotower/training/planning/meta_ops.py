@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from twotower.model.moe import Experts, MoE
 from twotower.model.tower import Tower
-from twotower.ops.reference.experts import experts_grouped
+from twotower.ops.reference.experts import experts_grouped, experts_sorted
 from twotower.specs import TowerSpec
 
 
@@ -24,12 +24,21 @@ class GroupedExperts(Experts):
         return experts_grouped(hidden, choice, weight, *weights, self.activation)
 
 
-def tower_with_grouped_experts(spec: TowerSpec) -> Tower:
-    """A tower whose MoE layers compute with `GroupedExperts`."""
+class LoopingExperts(Experts):
+    """Routed experts that loop, as in training on CUDA in fp32. On the meta device `Experts` uses another backend."""
+
+    def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        weights = self.gate_proj if self.gated else None, self.up_proj, self.down_proj
+        return experts_sorted(hidden, choice, weight, *weights, self.activation)
+
+
+def tower_of_cuda(spec: TowerSpec, dtype: torch.dtype) -> Tower:
+    """A tower whose MoE layers compute as on CUDA when they train in this dtype."""
     tower = Tower(spec)
+    kind = GroupedExperts if dtype == torch.bfloat16 else LoopingExperts
     for module in tower.modules():
         if isinstance(module, MoE):
-            module.experts = GroupedExperts(module.spec, module.spec.latent or spec.hidden_size)
+            module.experts = kind(module.spec, module.spec.latent or spec.hidden_size)
     return tower
 
 
