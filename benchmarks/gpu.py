@@ -43,7 +43,7 @@ from common.timing import synchronize  # noqa: E402
 from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, model_loading  # noqa: E402
 from twotower.checkpoint.quantize import quantize_  # noqa: E402
 from twotower.evaluation.machine import device_facts  # noqa: E402
-from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
+from twotower.evaluation.workloads import few_shot_prompts  # noqa: E402
 from twotower.ops import self_check, self_check_cases  # noqa: E402
 from twotower.ops.registry import REGISTRY, report  # noqa: E402
 

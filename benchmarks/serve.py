@@ -34,7 +34,7 @@ from rich.table import Table
 
 from twotower import LLM, Generation, GenerationParams, Request, model_loading
 from twotower.evaluation.machine import machine_facts
-from twotower.evaluation.speed import few_shot_prompts
+from twotower.evaluation.workloads import few_shot_prompts
 
 CONTEXT = 128  # tokens of a prompt
 LEAVING = 0.1  # share of the clients that disconnect, after a random number of chunks

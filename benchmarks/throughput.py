@@ -41,8 +41,8 @@ from rich.table import Table
 from twotower import LLM, Generation, GenerationParams, Request, TwoTowerForCausalLM, bundled_model, model_loading
 from twotower.evaluation.machine import machine_facts
 from twotower.evaluation.running import generate_all
-from twotower.evaluation.speed import few_shot_prompts
 from twotower.evaluation.tasks import make_problems
+from twotower.evaluation.workloads import few_shot_prompts
 
 AT_ONCE = (1, 2, 4, 8, 16, 32, 64)
 NOISE = 24  # random tokens of a prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 import subprocess
@@ -12,7 +13,8 @@ from types import ModuleType
 import pytest
 from doc_blocks import command_problem
 
-from twotower.recipes import ablations, adapters, small
+from twotower.recipes import ablations, adapters, small, smollm2
+from twotower.recipes.chat_prompts import KINDS, SUBJECTS, chat_prompts
 from twotower.recipes.stages import RecipeStage, run_stages
 from twotower.training.recipe import RecipeChoices
 
@@ -98,3 +100,66 @@ def test_the_table_of_ablations_has_what_was_measured(tmp_path: Path, monkeypatc
     (own / "eval.json").write_text(json.dumps({"settings": found}))
     monkeypatch.setattr(ablations, "_trained", lambda model: 123_456)
     assert list(ablations.table(tmp_path))[2:] == ["| rank 8 | 0.12 M | 3.46 | 2.35 | 98.5% |"]
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> Path:
+    """Data sets of a few records, in the form that `chat_prompts` reads."""
+    dialogue = "\n".join(["User: I want a room.", "Assistant: Where?", "User: In Paris.", "Assistant: For when?"] * 2)
+    story = "Once there was a cat. It was red. It had a hat. It ran. " * 40
+    sets: dict[str, list[dict[str, str]]] = {
+        "sgd_dialogues": [{"text": f"User: number {number}.\n{dialogue}"} for number in range(30)],
+        "gsm8k_train": [{"question": f"What is {number} and 1?"} for number in range(30)],
+        "tinystories_cased": [{"text": story}] * 9,
+        "mbpp_train": [{"text": '"""\nWrite a function to add.\nassert add(1, 2) == 3\n"""\ndef add(a, b): ...'}] * 9,
+        "fairytales": [{"text": story}],
+        "english_novels": [{"text": story}],
+    }
+    for name, records in sets.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        with gzip.open(tmp_path / "data" / name / "train.jsonl.gz", "wt", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in records)
+    return tmp_path / "data"
+
+
+def test_the_prompts_of_a_chat_model(corpora: Path) -> None:
+    """Every kind has its number of prompts, in an order that depends on the seed alone, and no field is left open."""
+    counts = {"suite": 24, "json": 10, "gsm8k": 40, "broad": 50}
+    found = list(chat_prompts(corpora, counts, 1))
+    assert found == list(chat_prompts(corpora, counts, 1)) != list(chat_prompts(corpora, counts, 2))
+    texts: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for record in found:
+        (turn,) = record["messages"]  # type: ignore[misc]
+        texts[str(record["kind"])].append(turn["content"])
+    assert {kind: len(own) for kind, own in texts.items()} == counts | {"gsm8k": 30}  # there are no more questions
+    assert not any("{}" in text or "=>" in text or "assert" in text for own in texts.values() for text in own)
+    assert all("JSON" in text and text.count("\n") == 5 for text in texts["json"])
+    for words in ("Write a Python function to add.", "Continue this story: Once there was a cat. It was red."):
+        assert words in texts["broad"]
+    assert any(subject in text for subject in SUBJECTS for text in texts["broad"])
+
+
+def test_the_stages_for_smollm2_follow_from_each_other(
+    tmp_path: Path, corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No prompt for the figures is trained on, and every command has valid options."""
+    monkeypatch.setattr(smollm2, "weights", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setattr(smollm2, "COUNTS", {"suite": 24, "json": 10, "gsm8k": 20, "broad": 50})
+    monkeypatch.setattr(smollm2, "HELD_OUT", 40)
+    stages = smollm2.stages(corpora, tmp_path, {"adapters": 9}, 1)
+    assert [stage.name for stage in stages] == list(smollm2.STAGES)
+    smollm2.write_prompts(corpora, tmp_path)
+    training = set((tmp_path / "prompts.jsonl").read_text().splitlines())
+    for kind in KINDS:
+        own = (tmp_path / f"{kind}.jsonl").read_text().splitlines()
+        assert own
+        assert not training & set(own)
+    seen: list[list[str]] = []
+    monkeypatch.setattr(smollm2, "run_twotower", lambda command, stdout=None: seen.append(command) or "{}")
+    smollm2.answer(tmp_path)
+    smollm2.measure(tmp_path)
+    seen += [list(stage.work) for stage in stages if not callable(stage.work)]
+    assert len(seen) == len(KINDS) + 4
+    for command in seen:
+        assert command_problem(shlex.join(["twotower", *command])) is None, command
+    assert (tmp_path / "figures.json").read_text() == "{}"

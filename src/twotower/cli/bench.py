@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -41,7 +42,16 @@ if TYPE_CHECKING:
     multiple=True,
     default=(128,),
     show_default=True,
-    help="Tokens of each prompt. Can be repeated.",
+    help="Tokens of each prompt of the suite. Can be repeated.",
+)
+@click.option(
+    "--prompts",
+    "files",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help='JSONL file with a "prompt", or the "messages" of a conversation, on each line: its prompts instead of the '
+    "suite's. Can be repeated.",
 )
 @click.option(
     "-n",
@@ -73,6 +83,7 @@ def bench(
     settings: tuple[str, ...],
     batch_sizes: tuple[int, ...],
     contexts: tuple[int, ...],
+    files: tuple[Path, ...],
     max_new_tokens: int,
     batches: int,
     rounds: int,
@@ -85,24 +96,28 @@ def bench(
     """Measure the speed of settings, compared with AR.
 
     The figures are tokens per second, passes, and the cost of a pass. All settings run in turn in every round. Only
-    new tokens up to the end of a row count. Tables go to stderr, one JSON line to stdout.
+    new tokens up to the end of a row count. Tables go to stderr, one JSON line to stdout. "equal" is the share of the
+    texts that equal AR's, token for token.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation import speed as measuring
     from twotower.evaluation.machine import machine_facts, machine_summary
+    from twotower.evaluation.workloads import few_shot_workloads, file_workloads
 
     parsed = [parse_setting(text) for text in settings]
     loaded, source = models.load_text_model(
         model, "there are no prompts; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
     )
+    if files:
+        workloads = list(file_workloads(loaded, files, batch_sizes, batches, max_new_tokens))
+    else:
+        workloads = list(few_shot_workloads(loaded, batch_sizes, contexts, batches))
     with status_line() as update:
         found = measuring.measure_speed(
             loaded,
             parsed,
-            batch_sizes=batch_sizes,
-            contexts=contexts,
+            workloads,
             new_tokens=max_new_tokens,
-            batches=batches,
             rounds=rounds,
             ignore_eos=ignore_eos,
             progress=update,
@@ -119,24 +134,24 @@ def bench(
 
 
 def tables(found: list[SpeedResult]) -> Iterator[Table]:
-    """A table for each batch size and context length, with one row for each setting."""
+    """A table for each workload, with one row for each setting."""
     from rich import box
     from rich.table import Table
 
-    for rows, context in dict.fromkeys((one.rows, one.context) for one in found):
-        title = f"{rows} {'rows' if rows > 1 else 'row'} after {context} tokens"
+    for title in dict.fromkeys(one.title for one in found):
         out = Table(box=box.SIMPLE_HEAD, header_style="dim", title=title, title_justify="left", title_style="bold")
         out.add_column("setting", overflow="fold")
-        for name in ("tokens/s", "× AR", "tokens/\npass", "first\nanswer", "denoiser\npass", "context\npass"):
+        for name in ("tokens/s", "× AR", "tokens/\npass", "equal", "first\nanswer", "denoiser\npass", "context\npass"):
             out.add_column(name, justify="right", no_wrap=True)
         for one in found:
-            if (one.rows, one.context) == (rows, context):
+            if one.title == title:
                 low, high = one.times_ar_spread
                 out.add_row(
                     one.setting.replace(",", ",\n  "),
                     f"{one.tokens_per_second:.0f}",
                     "1" if one.setting == "ar" else f"{one.times_ar:.2f} ({low:.2f}–{high:.2f})",
                     f"{one.tokens_per_pass:.2f}",
+                    "—" if one.setting == "ar" else f"{one.equal:.0%}",
                     f"{one.first_seconds:.2f} s",
                     _cost(one, "denoiser"),
                     _cost(one, "context"),

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
 from twotower.decoding.presets import AR, Setting, with_ar
 from twotower.engine import LLM, Request
 from twotower.engine.mode_choice import resolve
-from twotower.errors import ArgumentError
 from twotower.evaluation.running import generate_all
-from twotower.evaluation.tasks import make_problems
 from twotower.evaluation.timed_towers import TimedTowers, TowerName
+from twotower.evaluation.workloads import Workload
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.tokenizer import require_tokenizer
 
 
 @dataclass(frozen=True)
 class SpeedResult:
-    """Speed of one setting at one batch size and context length: medians over rounds.
+    """Speed of one setting on one workload: medians over rounds.
 
+    title, prompts, rows, context: of the workload; prompts is its file's name, and context the tokens of a prompt.
     tokens: new tokens of a round, up to the end of each row. seconds: decoding time of a round, summed over its
     batches, each from the end of its prefill to the end of its last row; spread: the lowest and the highest.
     prefill_seconds: of a batch. first_seconds: until the first row of a batch has ended, prefill included.
@@ -33,6 +31,8 @@ class SpeedResult:
     """
 
     setting: str
+    title: str
+    prompts: str
     rows: int
     context: int
     tokens: int
@@ -44,6 +44,7 @@ class SpeedResult:
     times_ar: float
     times_ar_spread: tuple[float, float]
     tokens_per_pass: float
+    equal: float
     pass_seconds: dict[TowerName, float]
     pass_cost: dict[TowerName, float]
 
@@ -60,21 +61,20 @@ class RoundResult:
     prefill: float
     first: float
     per_pass: float
+    texts: list[list[int]]
 
 
 def measure_speed(
     model: TwoTowerForCausalLM,
     settings: Sequence[Setting],
+    workloads: Iterable[Workload],
     *,
-    batch_sizes: Sequence[int] = (1,),
-    contexts: Sequence[int] = (128,),
     new_tokens: int = 128,
-    batches: int = 4,
     rounds: int = 5,
     ignore_eos: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> list[SpeedResult]:
-    """Measures every setting and AR at every batch size and context length.
+    """Measures every setting and AR on every workload.
 
     In each round all settings run in turn, so that other load on the machine affects all of them. One round before
     the measured rounds warms up, and one round after them times the passes of each tower.
@@ -84,38 +84,20 @@ def measure_speed(
     if not ignore_eos:
         shared["eos_token_id"] = eos_of(model)
     found = []
-    for context in contexts:
-        for rows in batch_sizes:
-            texts = few_shot_prompts(model, rows * batches, context)
-            runs: dict[str, list[RoundResult]] = {setting.label: [] for setting in chosen}
-            for number in range(rounds + 1):
-                for setting in chosen:
-                    if progress is not None:
-                        progress(f"{rows} rows after {context} tokens, round {number} of {rounds}, {setting.label}")
-                    measured = run_round(model, texts, rows, setting, shared)
-                    if number:
-                        runs[setting.label].append(measured)
-            passes = {setting.label: pass_seconds(model, texts, rows, setting, shared) for setting in chosen}
-            for label, own in runs.items():
-                found.append(_measured(label, rows, context, own, runs[AR.label], passes))
+    for workload in workloads:
+        texts, rows = workload.texts, workload.rows
+        runs: dict[str, list[RoundResult]] = {setting.label: [] for setting in chosen}
+        for number in range(rounds + 1):
+            for setting in chosen:
+                if progress is not None:
+                    progress(f"{workload.title}, round {number} of {rounds}, {setting.label}")
+                measured = run_round(model, texts, rows, setting, shared)
+                if number:
+                    runs[setting.label].append(measured)
+        passes = {setting.label: pass_seconds(model, texts, rows, setting, shared) for setting in chosen}
+        for label, own in runs.items():
+            found.append(_measured(label, workload, own, runs[AR.label], passes))
     return found
-
-
-def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> list[list[int]]:
-    """Prompts of exactly `context` tokens: solved problems of the suite, followed by one unsolved problem."""
-    if context < 2:
-        raise ArgumentError(f"context is {context}; it must be at least 2 tokens")
-    rng = random.Random(0)
-    tokenizer = require_tokenizer(model.tokenizer)
-    solved = [tokenizer(problem.text + "\n")["input_ids"] for problem in make_problems("test", 120, 0)]
-    unsolved = [tokenizer(problem.prompt)["input_ids"] for problem in make_problems("test", rows, 1, difficulties=(1,))]
-    out = []
-    for last in unsolved:
-        text = list(last)
-        while len(text) < context:
-            text = rng.choice(solved) + text
-        out.append(text[-context:])
-    return out
 
 
 def run_round(
@@ -136,6 +118,7 @@ def run_round(
         prefill=statistics.mean(prefill),
         first=statistics.mean(before + min(own) for before, own in zip(prefill, ends, strict=True)),
         per_pass=tokens / max(passes, 1),
+        texts=[result.tokens for result in results],
     )
 
 
@@ -153,8 +136,7 @@ def pass_seconds(
 
 def _measured(
     label: str,
-    rows: int,
-    context: int,
+    workload: Workload,
     own: Sequence[RoundResult],
     ar: Sequence[RoundResult],
     passes: dict[str, dict[TowerName, float]],
@@ -163,8 +145,10 @@ def _measured(
     seconds = [one.seconds for one in own]
     return SpeedResult(
         setting=label,
-        rows=rows,
-        context=context,
+        title=workload.title,
+        prompts=workload.name,
+        rows=workload.rows,
+        context=workload.context,
         tokens=own[0].tokens,
         seconds=statistics.median(seconds),
         spread=(min(seconds), max(seconds)),
@@ -174,6 +158,7 @@ def _measured(
         times_ar=statistics.median(ratios),
         times_ar_spread=(min(ratios), max(ratios)),
         tokens_per_pass=statistics.median(one.per_pass for one in own),
+        equal=statistics.mean(a == b for a, b in zip(own[0].texts, ar[0].texts, strict=True)),
         pass_seconds=passes[label],
         pass_cost={tower: seconds / passes[AR.label]["context"] for tower, seconds in passes[label].items()},
     )
