@@ -30,10 +30,10 @@ from typing import Any
 
 import click
 import torch
-from common.engine_comparison import Group, join, run_group
 from common.matmuls import covered_share, matmul_ratios, matmul_runs
 from common.models import BLOCK, DECODING
 from common.program import DEVICE, JSON, MODEL, QUICK, THREADS, names, numbers, publish, start
+from common.request_groups import Group, join, run_group
 from common.timing import interleaved, medians, percentile
 from rich.console import RenderableType
 from rich.table import Table

@@ -16,7 +16,7 @@ accuracy at threshold 0.8. Finished runs are kept in OUT and not repeated; the t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,31 +64,44 @@ def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Bat
 
 
 def objectives(
-    shape: NemotronHFields, world: fsdp.World, dtype: torch.dtype, activation_checkpointing: bool
+    shape: NemotronHFields,
+    world: fsdp.World,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+    kinds: Sequence[str] = ("ar", "denoiser", "adapters"),
 ) -> dict[str, Any]:
-    """The objectives, on separate towers, sharded as in training."""
+    """The objectives, on towers of their own, sharded as in training. kinds: those wanted."""
     config = TwoTowerConfig(**{name: getattr(shape, name) for name in shape.__dataclass_fields__})
     torch.manual_seed(0)
-    alone, both = TwoTowerForCausalLM(config, towers="context"), TwoTowerForCausalLM(config)
-    adapted = TwoTowerForCausalLM(config, towers="context").context
-    adapted.add_adapters(RANK, MASK)
-    assert both.denoiser is not None
-    assert both.time is not None
-    made = {
-        "ar": AutoregressiveObjective(alone.context, activation_checkpointing=activation_checkpointing),
-        "denoiser": DenoisingObjective(
-            both.context,
-            both.denoiser,
-            both.time,
-            DenoisingOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing),
-        ),
-        "adapters": AdapterObjective(
-            adapted, AdapterOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing)
-        ),
-    }
+    made = {kind: OBJECTIVES[kind](config, activation_checkpointing) for kind in kinds}
     for objective in made.values():
         fsdp.shard(objective, objective.units, world, dtype)
     return made
+
+
+def autoregressive(config: TwoTowerConfig, activation_checkpointing: bool) -> Any:
+    tower = TwoTowerForCausalLM(config, towers="context").context
+    return AutoregressiveObjective(tower, activation_checkpointing=activation_checkpointing)
+
+
+def denoising(config: TwoTowerConfig, activation_checkpointing: bool) -> Any:
+    both = TwoTowerForCausalLM(config)
+    assert both.denoiser is not None
+    options = DenoisingOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing)
+    return DenoisingObjective(both.context, both.denoiser, both.time, options)
+
+
+def adapting(config: TwoTowerConfig, activation_checkpointing: bool) -> Any:
+    tower = TwoTowerForCausalLM(config, towers="context").context
+    tower.add_adapters(RANK, MASK)
+    tower.reset_parameters()
+    options = AdapterOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing)
+    return AdapterObjective(tower, options)
+
+
+OBJECTIVES: dict[str, Callable[[TwoTowerConfig, bool], Any]] = {
+    "ar": autoregressive, "denoiser": denoising, "adapters": adapting,
+}  # fmt: skip
 
 
 def step(objective: Any, optimizer: ShardedAdamW, batch: Batch, noise: Any) -> None:

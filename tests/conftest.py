@@ -64,7 +64,7 @@ SHAPE = {
 LONG_FILES = (
     "test_benchmarks.py", "test_avx2.py", "test_avx512.py", "test_avx512_bf16.py", "test_none.py", "test_page.py",
     "test_triton_compile.py", "test_goldens_decoding.py", "test_backbones.py", "test_two_processes.py",
-    "test_trainer.py",
+    "test_trainer.py", "test_gpu_script.py",
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -301,58 +300,6 @@ def test_context(tmp_path: Path) -> None:
                 5 * facts["slopes"][name] > facts["own roofline slopes"][name]
             )  # on a busy machine, rates are too low
         assert facts["own roofline slopes"][name] >= facts["roofline slope"] * (1 - 1e-9)
-
-
-def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
-    facts = bench("gpu", "--device", "cpu", "--tiny", "--minutes", "1", "--out", str(tmp_path))
-    assert json.loads((tmp_path / "results.json").read_text()) == facts
-    parts = facts["parts"]
-    assert list(parts) == [
-        "kernels", "equality", "rooflines", "products", "full-passes", "full-profile", "full-diffusion", "full-context",
-        "full-memory", "full-async-scheduling", "full-int8", "full-int4", "midsize", "engine", "two-devices", "loading",
-    ]  # fmt: skip
-    assert {name: (part["state"], part.get("error")) for name, part in parts.items()} == dict.fromkeys(
-        parts, ("done", None)
-    )
-    verdicts = {row.get("verdict", row["refused"]) for row in parts["kernels"]["found"]["checked"]}
-    assert "agrees" in verdicts
-    assert not any("DIFFERS" in verdict or "Error" in verdict for verdict in verdicts)
-    assert parts["equality"]["found"]["float32: verified, 1 passes a draft, as AR"] == "2 of 2 texts"
-    assert parts["full-passes"]["found"]["passes"]["AR step"]["roofline"] > 0
-    assert parts["full-profile"]["found"]["AR step"]["longest"]
-    for rows in (parts["two-devices"]["found"][name] for name in ("full shape", "bundled model")):
-        for row in rows:  # of one round
-            assert row["ratio"] == pytest.approx(row["two devices, tokens/s"] / row["one device, tokens/s"])
-    assert all(row["same texts"] for row in parts["full-async-scheduling"]["found"]["engine"])
-    read = [parts[f"full-{name}"]["found"]["passes"]["AR step"]["bytes"] for name in ("int4", "int8", "passes")]
-    assert sorted(set(read)) == read
-    assert {row["scheme"] for row in parts["products"]["found"]["rows"]} == {"none", "int8", "int4"}
-    text = (tmp_path / "results.md").read_text()
-    assert all(f"\n## {name}\n" in text for name in parts)
-
-
-@pytest.mark.usefixtures("modules")
-def test_a_part_that_fails_or_hangs_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu
-
-    def fails(setting: Any, out: dict[str, Any]) -> None:
-        out["before"] = 1
-        raise ValueError("broken kernel")
-
-    def hangs(setting: Any, out: dict[str, Any]) -> None:
-        out["before"] = 2
-        time.sleep(60)
-
-    monkeypatch.setitem(gpu.PARTS, "fails", (fails, 1.0))
-    monkeypatch.setitem(gpu.PARTS, "hangs", (hangs, 0.01))
-    setting = gpu.Setting(torch.device("cpu"), torch.float32, True)
-    failed, hung = (gpu.run_part(name, setting, 60 * gpu.PARTS[name][1]) for name in ("fails", "hangs"))
-    assert failed["found"] == {"before": 1}
-    assert failed["state"] == "failed: ValueError"
-    assert "broken kernel" in failed["error"]
-    assert hung["found"] == {"before": 2}
-    assert hung["state"].startswith("cut off after")
-    assert hung["seconds"] < 10
 
 
 @pytest.mark.usefixtures("modules")

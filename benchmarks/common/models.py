@@ -108,16 +108,22 @@ def fill(model: TwoTowerForCausalLM) -> None:
             tensor.zero_()  # biases; other tensors of one dimension are drawn below
     model.reset_parameters()
     if model.time is not None:
-        for module in model.time.t_embedder.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        model.time.reset_parameters()
-        # As after a little training: t has an effect, but shifts stay small beside embeddings of deviation 0.02. With
-        # large shifts, all tokens would be alike and choose the same experts.
-        nn.init.normal_(model.time.t_block[1].weight, std=5e-4)
-        spread = torch.tensor([[0.002], [0.1], [0.1]])  # of shift, scale and gate
-        for table in model.time.scale_shift_tables:
-            table += spread.to(table) * torch.randn_like(table)
+        fill_time(model.time)
+
+
+@torch.no_grad()
+def fill_time(time: TimeConditioning) -> None:
+    """Gives random weights to a time network."""
+    for module in time.t_embedder.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    time.reset_parameters()
+    # As after a little training: t has an effect, but shifts stay small beside embeddings of deviation 0.02. With
+    # large shifts, all tokens would be alike and choose the same experts.
+    nn.init.normal_(time.t_block[1].weight, std=5e-4)
+    spread = torch.tensor([[0.002], [0.1], [0.1]])  # of shift, scale and gate
+    for table in time.scale_shift_tables:
+        table += spread.to(table) * torch.randn_like(table)
 
 
 @dataclass

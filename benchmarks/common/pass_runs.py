@@ -1,4 +1,4 @@
-"""An AR step, a denoising pass and a commit after a text of any length. Each can be repeated."""
+"""An AR step, a denoising pass and a commit after texts of any length. Each can be repeated."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from twotower.cache.pools import ContextView
 
 
 class PassRuns:
-    """The passes over one text of up to `longest` tokens. `before` of a timed call restores the text's length."""
+    """The passes over texts of up to `longest` tokens. `before` of a timed call restores the texts' length."""
 
-    def __init__(self, model: TwoTowerForCausalLM, longest: int) -> None:
+    def __init__(self, model: TwoTowerForCausalLM, longest: int, rows: int = 1) -> None:
         self.model = model
-        self.texts = Texts.random(model, 1, longest + 2 * BLOCK)
+        self.texts = Texts.random(model, rows, longest + 2 * BLOCK)
         self.reader = None if model.denoiser is None else model.reader(self.texts.state)
-        self.block, self.t = random_tokens(model, 1, BLOCK), torch.full((1,), 0.5, device=model.device)
+        self.block, self.t = random_tokens(model, rows, BLOCK), torch.full((rows,), 0.5, device=model.device)
         self.view: ContextView
 
     def after(self, length: int) -> dict[str, TimedCall]:
-        """The passes after a text of a given length; of a model without a denoiser, those of the context tower."""
+        """The passes after texts of a given length; of a model without a denoiser, those of the context tower."""
         runs = {
             "AR step": TimedCall(self._step, lambda: self._before_step(length)),
             "denoiser pass": TimedCall(self.denoise, lambda: self.look(length)),
@@ -32,7 +32,7 @@ class PassRuns:
         return runs
 
     def look(self, length: int) -> ContextView:
-        """The denoiser's view of a text of a given length, valid until the next step or commit."""
+        """The denoiser's view of texts of a given length, valid until the next step or commit."""
         assert self.reader is not None
         self.texts.set_length(length)
         self.view = self.reader.view()

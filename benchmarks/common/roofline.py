@@ -231,9 +231,16 @@ def work(
     return Work({name: float(value) for name, value in parts.items()}, operations)
 
 
-def passes_of(config: NemotronHFields, dtype: torch.dtype, context: int, block_size: int = 16) -> dict[str, Work]:
-    """An AR step, a denoising pass and a commit of one text, with experts chosen at random."""
-    shared: dict[str, Any] = {"rows": 1, "context": context}
+def passes_of(
+    config: NemotronHFields,
+    dtype: torch.dtype,
+    context: int,
+    block_size: int = 16,
+    rows: int = 1,
+    quantization: str = "none",
+) -> dict[str, Work]:
+    """An AR step, a denoising pass and a commit of `rows` texts, with experts chosen at random."""
+    shared: dict[str, Any] = {"rows": rows, "context": context, "quantization": quantization}
     return {
         "AR step": work(config, dtype, width=1, **shared),
         "denoiser pass": work(config, dtype, width=block_size, denoiser=True, **shared),
