@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -46,6 +49,31 @@ def test_types_and_labels(served: RunningServer) -> None:
     statuses = {sample.labels["status"] for sample in families["twotower_request_seconds"].samples}
     assert {"200", "400"} <= statuses
     assert families.keys() >= OF_VLLM
+
+
+def test_the_dashboard_of_grafana_reads_these_metrics(served: RunningServer) -> None:
+    """Every name and label of its queries is one of a sample of the server."""
+    file = Path(__file__).resolve().parents[2] / "containers" / "grafana" / "dashboards" / "twotower.json"
+    board = json.loads(file.read_text(encoding="utf-8"))
+    labels: dict[str, set[str]] = {}
+    for family in parse(served.get("/metrics").text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, {"job"}).update(sample.labels)
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    for variable in board["templating"]["list"]:
+        queries.append(re.sub(r"label_values\((.*), (\w+)\)", r"sum by (\2) (\1)", variable["query"]["query"]))
+    read: set[str] = set()
+    for query in queries:
+        names = set(re.findall(r"\b(?:twotower|vllm|process)[_:]\w+", query))
+        assert names, query
+        assert labels.keys() >= names, query
+        grouped = {label.strip() for group in re.findall(r" by \(([^)]*)\)", query) for label in group.split(",")}
+        assert all(labels[name] >= grouped for name in names), query
+        for name, selected in re.findall(r"(\w+)\{([^}]*)\}", query):
+            assert labels[name] >= set(re.findall(r"(\w+)=~?\"", selected)), query
+        read |= names
+    needed = {"tokens_total", "tokens_per_pass_sum", "accepted_tokens_total", "queue_requests", "queue_seconds_bucket"}
+    assert {name.removeprefix("twotower_") for name in read} >= needed | {"request_seconds_bucket"}
 
 
 def test_histograms_of_choices(served: RunningServer) -> None:
