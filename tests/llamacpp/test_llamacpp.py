@@ -18,6 +18,7 @@ from unicodedata import category
 
 import pytest
 import torch
+from dialogues import dialogues
 from gguf_models import EXPORTED, save_exported, save_merging_tokenizer, sentencepiece_tokenizer
 from test_real_model import gguf_file as smollm2_file
 from tiny_backbones import hf_model, two_tower
@@ -26,6 +27,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.assets import bundled_names
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.gguf_export import pre_tokenizers as known_pre_tokenizers
 from twotower.checkpoint.gguf_export.export import DTYPES, FileDtype, export_gguf
@@ -77,22 +79,6 @@ def running(folder: Path, context: int = 2048, precision: str = "default") -> It
 # --- texts ----------------------------------------------------------------------------------------------------------
 
 
-def dialogues(count: int) -> list[str]:
-    """Prompts of the kind that the bundled model was trained on, of 10 to about 130 words."""
-    rng = random.Random(0)
-    turns = [
-        "User: I want to book a table for {} in San Jose.", "Assistant: What time do you want to eat?",
-        "User: At {} in the evening, please.", "Assistant: Do you have a preferred type of food?",
-        "User: Something Italian that is not too expensive.", "User: I need a taxi to the airport for {} people.",
-        "User: Can you find me a hotel in London with {} stars?", "Assistant: I found {} places. Shall I book one?",
-        "User: No, thanks. I would like to hear some music by a new artist.",
-    ]  # fmt: skip
-    return [
-        "\n".join(rng.choice(turns).format(rng.randint(1, 12)) for _ in range(rng.randint(1, 12))) + "\nAssistant:"
-        for _ in range(count)
-    ]
-
-
 def greedy(model: TwoTowerForCausalLM, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
     """Texts of `generate_ar` in fp32, one by one."""
     out = []
@@ -136,12 +122,13 @@ def compare(
 
 
 @pytest.mark.timeout(3600)
-def test_the_bundled_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", bundled_names())
+def test_the_bundled_models(name: str, tmp_path: Path) -> None:
     """llama.cpp with its defaults writes the texts of `generate_ar` in fp32, but for near ties."""
-    model = TwoTowerForCausalLM.from_pretrained(bundled_model("small"), dtype=torch.float32)
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model(name), dtype=torch.float32)
     assert model.tokenizer is not None
     prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(PROMPTS)]
-    found = compare(bundled_model("small"), tmp_path, tuple(DTYPES), prompts, greedy(model, prompts, NEW))
+    found = compare(bundled_model(name), tmp_path, tuple(DTYPES), prompts, greedy(model, prompts, NEW))
     for dtype in ("f32", "f16"):
         assert not found[dtype].others
     assert found["f32"].equal >= 0.9 * PROMPTS
@@ -226,9 +213,10 @@ def assert_same_tokens(folder: Path, tokenizer: TokenizerProtocol, marks: bool =
         assert back == tokenizer.decode(expected, skip_special_tokens=True), repr(text)
 
 
-def test_tokens_of_the_bundled_model(tmp_path: Path) -> None:
-    export_gguf(bundled_model("small"), tmp_path / "out")
-    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model("small")).tokenizer
+@pytest.mark.parametrize("name", bundled_names())
+def test_tokens_of_the_bundled_models(name: str, tmp_path: Path) -> None:
+    export_gguf(bundled_model(name), tmp_path / "out")
+    tokenizer = TwoTowerForCausalLM.from_pretrained(bundled_model(name)).tokenizer
     assert tokenizer is not None
     assert_same_tokens(tmp_path / "out", tokenizer)
 
