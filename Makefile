@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow test-clients test-llamacpp browser check docs backbone-table clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow test-clients test-llamacpp test-onnx browser check docs backbone-table clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -35,6 +35,15 @@ build/llamacpp/.installed: tests/llamacpp/requirements.txt
 	rm -rf build/llamacpp
 	$(PYTHON) -m venv build/llamacpp
 	build/llamacpp/bin/pip install --quiet --disable-pip-version-check -r tests/llamacpp/requirements.txt
+	@touch $@
+
+# ONNX files in onnxruntime, with the packages of tests/onnx/requirements.txt in build/onnx, beside those of .venv.
+test-onnx: .venv/.installed-dev build/onnx/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=build/onnx $(BIN)/python -m pytest tests/onnx -s
+
+build/onnx/.installed: tests/onnx/requirements.txt
+	rm -rf build/onnx
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/onnx -r tests/onnx/requirements.txt
 	@touch $@
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.

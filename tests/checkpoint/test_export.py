@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +244,15 @@ def test_a_full_disk_is_one_line(two: Path, tmp_path: Path) -> None:
 
 def test_sources_that_are_not_two_towers(two: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     assert cli(*command(two, tmp_path / "one")).code == 0
-    assert_one_line_error(cli(*command(tmp_path / "one", tmp_path / "x")), "model_type is 'llama'", "two_tower")
     theirs(build_random_model("M-*M")).save_pretrained(tmp_path / "nemotron")
-    assert_one_line_error(cli(*command(tmp_path / "nemotron", tmp_path / "x")), "a one-tower model")
+    targets = {
+        "one-tower": ([], "no context tower beside a denoiser to export"),
+        "peft": ([], "no adapters to export"),
+        "denoiser": (["--denoiser", "a"], "no denoiser to export"),
+    }
+    for name, (target, (options, words)) in product(("one", "nemotron"), targets.items()):
+        result = cli("export", tmp_path / name, "--to", target, "-o", tmp_path / "x", *options)
+        assert_one_line_error(result, "is an autoregressive model", words, "twotower init")
     stored = tensors(two)
     stored["context_tower.layers.0.mlp.up_proj.weight"] = torch.zeros(80, 48, dtype=torch.int8)
     from safetensors.torch import save_file

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from twotower.checkpoint import names, one_tower, peft_adapters, reader, tokenizer_files
 from twotower.checkpoint.convert import counter
 from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
+from twotower.checkpoint.one_tower_model import refuse_one_tower
 from twotower.checkpoint.output_folder import CHECKPOINT, FolderKind, check_apart, check_target, unfinished_folder
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.source import resolve_source
@@ -74,6 +75,7 @@ def export_one_tower(
         ArgumentError: a directory that may not be replaced, or not enough disk space.
     """
     origin = _origin(source, Path(directory), overwrite)
+    refuse_one_tower(origin, "context tower beside a denoiser")
     config = TwoTowerConfig.read(origin)
     refuse_quantized(config, origin, "twotower export")
     with torch.device("meta"):
@@ -120,6 +122,7 @@ def export_peft(
         ArgumentError: a directory that may not be replaced, or not enough disk space.
     """
     origin = _origin(source, Path(directory), overwrite, peft_adapters.FOLDER)
+    refuse_one_tower(origin, "adapters")
     config = TwoTowerConfig.read(origin)
     if config.denoiser.adapters is None or not isinstance(config, GenericTwoTowerConfig):
         raise CheckpointError(

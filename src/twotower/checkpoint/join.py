@@ -21,6 +21,7 @@ from torch import Tensor
 from twotower.checkpoint import names, one_tower, pretrained, reader, tokenizer_files
 from twotower.checkpoint.convert import counter
 from twotower.checkpoint.names import TensorEntry
+from twotower.checkpoint.one_tower_model import refuse_one_tower
 from twotower.checkpoint.output_folder import check_target, unfinished_folder
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.source import resolve_source
@@ -129,9 +130,10 @@ def export_denoiser(
     """Writes the checkpoint with one of several denoisers alone. Arguments and exceptions are those of `join`."""
     target = check_target(Path(directory), overwrite)
     origin = _origin(source, target, directory)
+    refuse_one_tower(origin, "denoiser")
     config = TwoTowerConfig.read(origin)
     if not isinstance(config, GenericTwoTowerConfig) or config.denoisers is None:
-        raise CheckpointError(f"{origin}: has one denoiser already, without a name")
+        raise CheckpointError(f"{origin}: has one denoiser already, without a name; it is as you would export it")
     own = config.with_denoiser(denoiser)
     refuse_quantized(config, origin, "twotower export")
     with torch.device("meta"), errors_of(origin / "config.json"):

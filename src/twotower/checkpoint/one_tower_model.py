@@ -32,6 +32,15 @@ def is_one_tower(path: Path) -> bool:
     return ARCHITECTURE not in (fields.get("architectures") or ()) and fields.get("model_type") != GENERIC_MODEL_TYPE
 
 
+def refuse_one_tower(path: Path, part: str) -> None:
+    """Raises CheckpointError if a directory has an autoregressive model. part: the part that is to be exported."""
+    if is_one_tower(path):
+        raise CheckpointError(
+            f"{path}: is an autoregressive model, so it has no {part} to export; twotower init makes a two-tower "
+            "checkpoint of it"
+        )
+
+
 def local_source(source: str | Path) -> Path:
     """A GGUF file or a directory: the source itself, or a snapshot of the files of a hub id."""
     return Path(source) if str(source).endswith(gguf_file.SUFFIX) else resolve_source(source, {})

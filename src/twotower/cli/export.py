@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from twotower.checkpoint.gguf_export.export import FileDtype
     from twotower.checkpoint.join import JoinResult
 
-TARGETS = ("one-tower", "gguf", "peft", "denoiser")
+TARGETS = ("one-tower", "gguf", "onnx", "peft", "denoiser")
 FILE_DTYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 # Options → the targets that they are for.
 _TARGETS_OF = {
@@ -39,8 +39,8 @@ _TARGETS_OF = {
     required=True,
     type=click.Choice(TARGETS),
     help="one-tower: the autoregressive model that is the context tower, for transformers. gguf: the same model for "
-    "llama.cpp, Ollama and LM Studio. peft: the adapters alone, for twotower init --adapters and for peft. denoiser: "
-    "the two-tower checkpoint with one of several denoisers.",
+    "llama.cpp, Ollama and LM Studio. onnx: the passes of a small model, for onnxruntime. peft: the adapters alone, "
+    "for twotower init --adapters and for peft. denoiser: the two-tower checkpoint with one of several denoisers.",
 )
 @click.option(
     "-o",
@@ -97,6 +97,9 @@ def export(
     for Ollama beside it. The tokenizer, its special tokens and the chat template are in the file. docs/integrations.md
     has the families that llama.cpp runs.
 
+    The target onnx writes the passes of a small model as ONNX graphs in fp32, with the state as inputs and outputs.
+    docs/integrations.md shows how onnxruntime decodes with them.
+
     The target peft is for models whose denoiser is adapters. It writes them in PEFT's format, with the embedding of the
     mask token beside: a few MB that turn the autoregressive model into the two-tower model.
 
@@ -109,31 +112,53 @@ def export(
     _check_options(context, target)
     source = model_loading.source_of(model)
     with models.status("reading …"):
-        from twotower.checkpoint.export import ExportResult, export_one_tower, export_peft
-        from twotower.checkpoint.gguf_export.export import export_gguf
-        from twotower.checkpoint.join import export_denoiser
-    made: ExportResult | JoinResult
+        from twotower.checkpoint.export import ExportResult
+    made = _write(
+        target,
+        source,
+        output,
+        base=base,
+        denoiser=denoiser,
+        max_shard_size=max_shard_size,
+        file_dtype=file_dtype,
+        pre_tokenizer=pre_tokenizer,
+        overwrite=overwrite,
+    )
+    _print(made, as_json, summary(made) if isinstance(made, ExportResult) else join_summary(made))
+
+
+def _write(
+    target: str,
+    source: str | Path,
+    output: Path,
+    *,
+    base: str | None,
+    denoiser: str | None,
+    max_shard_size: str,
+    file_dtype: FileDtype,
+    pre_tokenizer: str | None,
+    overwrite: bool,
+) -> ExportResult | JoinResult:
+    """Writes a target with the options that it takes."""
+    from twotower.checkpoint.export import export_one_tower, export_peft
+    from twotower.checkpoint.gguf_export.export import export_gguf
+    from twotower.checkpoint.join import export_denoiser
+    from twotower.checkpoint.onnx_export.export import export_onnx
+
     with byte_bar() as progress:
         if denoiser is not None:
-            made = export_denoiser(
+            return export_denoiser(
                 source, output, denoiser, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
             )
-        elif target == "peft":
-            made = export_peft(source, output, base=base, overwrite=overwrite, progress=progress)
-        elif target == "gguf":
-            made = export_gguf(
-                source,
-                output,
-                dtype=file_dtype,
-                pre_tokenizer=pre_tokenizer,
-                overwrite=overwrite,
-                progress=progress,
+        if target == "peft":
+            return export_peft(source, output, base=base, overwrite=overwrite, progress=progress)
+        if target == "gguf":
+            return export_gguf(
+                source, output, dtype=file_dtype, pre_tokenizer=pre_tokenizer, overwrite=overwrite, progress=progress
             )
-        else:
-            made = export_one_tower(
-                source, output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
-            )
-    _print(made, as_json, summary(made) if isinstance(made, ExportResult) else join_summary(made))
+        if target == "onnx":
+            return export_onnx(source, output, overwrite=overwrite, progress=progress)
+        return export_one_tower(source, output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
 
 
 def _check_options(context: click.Context, target: str) -> None:

@@ -1,0 +1,1 @@
+"""ONNX graphs of the passes of a small model, with explicit state."""
