@@ -37,6 +37,7 @@ from twotower.recipes.small import SHAPE
 from twotower.training import fsdp
 from twotower.training.adapter_objective import AdapterObjective, AdapterOptions
 from twotower.training.data import Batch
+from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.optimizer import ShardedAdamW
 from twotower.training.runs import compute_dtype
@@ -54,13 +55,22 @@ def shapes() -> dict[str, NemotronHFields]:
     return {"bundled": bundled, "ten times": large}
 
 
-def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Batch:
+def batch_for(
+    objective: Any, rows: int, length: int, vocabulary: int, device: torch.device
+) -> tuple[Batch, Corruption | None]:
+    """Rows and their noise, which is drawn on the CPU, on a device."""
+    batch = packed(rows, length, vocabulary)
+    noise = objective.draw_noise(batch, BLOCK)
+    return batch.to(device), noise and noise.to(device)
+
+
+def packed(rows: int, length: int, vocabulary: int) -> Batch:
     """Rows of two documents each, with random tokens; every block is trained."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, vocabulary, (rows, length), generator=generator)
     document = (torch.arange(length) * 2 // length).expand(rows, -1).contiguous()
     yes = torch.ones(rows, length, dtype=torch.bool)
-    return Batch(tokens, document, yes, yes, ~yes, torch.arange(rows)).to(device)
+    return Batch(tokens, document, yes, yes, ~yes, torch.arange(rows))
 
 
 def objectives(
@@ -134,23 +144,19 @@ def measure(
     length: int, kept_length: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures both steps of one shape."""
-    batch = packed(rows, length, shape.vocab_size, world.device)
-    long = packed(1, kept_length, shape.vocab_size, world.device)
     result: dict[str, Any] = {"shape": name, "kept_length": kept_length, "kept_bytes": {}}
     for activation_checkpointing in (False, True):
         made = objectives(shape, world, dtype, activation_checkpointing)
         for kind, objective in made.items():
-            noise = objective.draw_noise(long, BLOCK)
-            noise = noise and noise.to(world.device)
+            long, noise = batch_for(objective, 1, kept_length, shape.vocab_size, world.device)
             result["kept_bytes"][f"{kind}{' activation checkpointing' if activation_checkpointing else ''}"] = (
                 kept_bytes(objective, long, noise)
             )
         runs = {}
         for kind, objective in made.items():
-            noise = objective.draw_noise(batch, BLOCK)
-            noise = noise and noise.to(world.device)
+            given = batch_for(objective, rows, length, shape.vocab_size, world.device)
             optimizer = ShardedAdamW(objective, world, 0.1, 1.0)
-            runs[kind] = TimedCall(lambda o=objective, p=optimizer, noise=noise: step(o, p, batch, noise))
+            runs[kind] = TimedCall(lambda o=objective, p=optimizer, given=given: step(o, p, *given))
         times = interleaved(runs, world.device, repeats, warm_up=1)
         median = {kind: statistics.median(values) for kind, values in times.items()}
         result["activation checkpointing" if activation_checkpointing else "plain"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -83,7 +84,7 @@ def check_figures(measured: dict[str, dict[str, dict[str, Any]]]) -> None:
         for rows in (1, 2):
             assert measured[part][f"{rows} × 64 tokens: AR step"]["ms"] > 0
             assert set(measured[part][f"{rows} × 64 tokens: × AR"]) == {"what", "1.9 a pass", "3 a pass", "5 a pass"}
-    assert "1 × 64 tokens, without graphs: denoiser pass" in measured["full"]
+    assert "1 × 64 tokens, graphs False: denoiser pass" in measured["full"]
     assert measured["full"]["1 × 64 tokens: profile of commit"]["kernels"] > 0
     for rows in (1, 2):  # each text ends with the others, and still has a rate
         diffusion = measured["engine"][f"{rows} rows: 3 a pass"]
@@ -313,6 +314,35 @@ def test_times_ar_at_the_roofline_depends_on_the_rows() -> None:
     rates = Rates(4.8e12, 990e12, {}, {})
     found = at_roofline(config_of(PUBLISHED).layer_fields, torch.bfloat16, rates, context=1024, per_pass=3.0)
     assert {rows: round(value, 2) for rows, value in found.items()} == {1: 0.47, 8: 0.92, 64: 2.42}
+
+
+def test_noise_of_a_benchmark_is_drawn_before_the_rows_move() -> None:
+    """Rows on another device and noise of the CPU cannot be combined."""
+    import train
+
+    from twotower.training import fsdp
+
+    world = fsdp.start("cpu")
+    for kind, objective in train.objectives(train.shapes()["bundled"], world, torch.float32, False).items():
+        batch, noise = train.batch_for(objective, 2, 32, 64, torch.device("meta"))
+        assert batch.tokens.is_meta
+        assert noise.masked.is_meta if kind != "ar" else noise is None
+    fsdp.stop()
+
+
+def test_both_sides_of_each_choice_are_measured() -> None:
+    """Of each option that this version has, at least one value beside the default."""
+    from gpu_parts import choices
+
+    from twotower import options
+
+    known = {one.name for one in dataclasses.fields(options.Options)}
+    every = choices.PASSES | choices.AR_STEPS | choices.TRAINING
+    found = list(choices.sides(every))
+    assert {name for side in found for name in side} == every.keys() & known
+    for side in found:
+        with options.override(**side):
+            assert options.current() != options.Options()
 
 
 def test_all_tests_that_use_cuda_are_run() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from gpu_parts.choices import chosen
 from gpu_parts.record import Figures, Record
-from gpu_parts.setting import Setting, changed, release
+from gpu_parts.setting import Setting, release
 from twotower import LLM, GenerationParams, Request, TwoTowerForCausalLM, bundled_model, model_loading
 from twotower.evaluation.workloads import few_shot_prompts
 
@@ -55,7 +56,7 @@ def measure(setting: Setting, record: Record, model: TwoTowerForCausalLM, name: 
     write("diffusion, waiting", "diffusion", ahead=False, **DIFFUSION)
     if not setting.small or name == "small":
         write("diffusion, again", "diffusion", **DIFFUSION)
-        with changed(model, graphs=False):
+        with chosen(model, {"graphs": False}):
             write("AR, without graphs", "AR", mode="ar")
             write("diffusion, without graphs", "diffusion", **DIFFUSION)
     if dtype == "float32" and (setting.small or setting.cuda) and name == "small":

@@ -1,41 +1,40 @@
-"""The choices that only a measurement on a GPU can decide: both sides of each, for a model that is already made."""
+"""The options whose best value only a measurement on a GPU can tell: the values to measure beside the default."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from gpu_parts.setting import changed, release
-from twotower import TwoTowerForCausalLM
-from twotower.ops import registry
+from gpu_parts.setting import release
+from twotower import TwoTowerForCausalLM, options
 
-Side = Callable[[TwoTowerForCausalLM], AbstractContextManager[None]]
+PASSES: dict[str, tuple[object, ...]] = {"graphs": (False,), "grouped_pairs": (1 << 30,)}
+AR_STEPS: dict[str, tuple[object, ...]] = {"graph_steps": (True,)}
+TRAINING: dict[str, tuple[object, ...]] = {
+    "training_attention": ("grouped", "padded", "stacked", "repeated"), "training_compile": (True,),
+}  # fmt: skip
+
+
+def sides(choices: dict[str, tuple[object, ...]]) -> Iterator[dict[str, Any]]:
+    """Each value that is not the default, as keyword arguments of `options.override`."""
+    fields = {one.name: one for one in dataclasses.fields(options.Options)}
+    for name, values in choices.items():
+        if name in fields:
+            allowed = options.variable_of(fields[name]).kind.fits
+            yield from ({name: value} for value in values if allowed(value) and value != fields[name].default)
+
+
+def title(side: dict[str, Any]) -> str:
+    """A side in words, for the table."""
+    return ", ".join(f"{name} {value}" for name, value in side.items())
 
 
 @contextmanager
-def experts_by(model: TwoTowerForCausalLM, name: str) -> Iterator[None]:
-    """Experts of plain weights by the backend `name`, if it supports the device."""
-    before = registry.REGISTRY["experts"]
+def chosen(model: TwoTowerForCausalLM, side: dict[str, Any]) -> Iterator[None]:
+    """One side in this block; the model's runners forget their graphs before and after."""
     release(model)
-    registry.REGISTRY["experts"] = tuple(sorted(before, key=lambda backend: backend.name != name))
-    registry._select.cache_clear()
-    try:
+    with options.override(**side):
         yield
-    finally:
-        registry.REGISTRY["experts"] = before
-        registry._select.cache_clear()
-        release(model)
-
-
-def supported(op: str, model: TwoTowerForCausalLM) -> list[str]:
-    """The backends of an operation that this device and dtype allow, the reference left out."""
-    backends = registry.REGISTRY[op][:-1]
-    return [one.name for one in backends if one.unsupported_reason(model.device, model.dtype) is None]
-
-
-def sides(model: TwoTowerForCausalLM) -> dict[str, Side]:
-    """The sides of all choices for passes of a model, by name."""
-    found: dict[str, Side] = {"without graphs": lambda model: changed(model, graphs=False)}
-    for name in supported("experts", model):
-        found[f"experts by {name}"] = lambda model, name=name: experts_by(model, name)
-    return found
+    release(model)

@@ -10,6 +10,7 @@ from common.models import BLOCK, random_for_masks, random_tokens
 from common.request_groups import run_group
 from common.times_ar import ROWS
 
+from gpu_parts.choices import AR_STEPS, chosen, sides, title
 from gpu_parts.record import Figures, Record
 from gpu_parts.setting import Setting, full_model, release
 from twotower import LLM, GenerationParams, TwoTowerForCausalLM
@@ -50,7 +51,7 @@ class Run:
         rate = (group.all_tokens - rows * first) / (group.all_seconds - max(group.first))
         found: Figures = {"tokens/s": rate, "with the prefill": group.all_tokens / group.all_seconds}
         if params.mode == "ar":
-            self.ar = rate
+            self.ar = self.ar or rate  # of the default
             return found
         found["tokens per pass"] = group.all_tokens / max(group.denoiser_passes, 1)
         found["passes launched"] = self.counted["passes"]
@@ -69,3 +70,7 @@ def measure_rows(setting: Setting, record: Record, run: Run, rows: int, tokens: 
     engine = LLM(run.model, rows=rows, length=CONTEXT + tokens, block_size=BLOCK, options=once)
     for name, params in asked.items():
         record.measure(f"{rows} rows: {name}", lambda params=params: run.generate(engine, rows, params))
+    for side in sides(AR_STEPS):
+        with chosen(run.model, side):
+            engine = LLM(run.model, rows=rows, length=CONTEXT + tokens, block_size=BLOCK, options=once)
+            record.measure(f"{rows} rows: AR, {title(side)}", lambda e=engine: run.generate(e, rows, asked["AR"]))

@@ -11,7 +11,8 @@ from common.models import BLOCK
 from common.pass_runs import PassRuns
 from common.times_ar import TOKENS_PER_PASS, times_ar
 
-from gpu_parts.choices import sides
+from gpu_parts.choices import PASSES as CHOICES
+from gpu_parts.choices import chosen, sides, title
 from gpu_parts.clock import timed, wait
 from gpu_parts.profile import profiled
 from gpu_parts.record import Figures, Record
@@ -35,11 +36,10 @@ def run(setting: Setting, record: Record) -> None:
     shapes = SMALL if setting.small else SHAPES
     seconds = setting.budget(record, len(PASSES) * (len(shapes) + 6))
     measure_shape(setting, record, model, rates, shapes[0], seconds, profiles=True)
-    for name, side in sides(model).items():
-        with side(model):
-            measure_shape(setting, record, model, rates, shapes[0], seconds, f", {name}")
-            if not setting.small:
-                measure_shape(setting, record, model, rates, (64, K), seconds, f", {name}")
+    for side in sides(CHOICES):
+        with chosen(model, side):
+            for shape in shapes[: 1 if setting.small else 2]:
+                measure_shape(setting, record, model, rates, shape, seconds, f", {title(side)}")
     for shape in shapes[1:]:
         measure_shape(setting, record, model, rates, shape, seconds)
 
@@ -56,7 +56,7 @@ def measure_shape(
 ) -> None:
     """All passes over `rows` texts of `length` tokens, and what they give as a multiple of AR. side: of a choice."""
     rows, length = shape
-    title = f"{rows} × {length} tokens{side}"
+    what = f"{rows} × {length} tokens{side}"
     runs: list[PassRuns] = []
 
     def state() -> Figures:
@@ -65,7 +65,7 @@ def measure_shape(
         wait(setting.device)
         return {"detail": True, "seconds": time.perf_counter() - started}
 
-    if record.measure(f"{title}: state", state, least=seconds) is None:
+    if record.measure(f"{what}: state", state, least=seconds) is None:
         return
     works = works_of(model, rows, length)
     found: dict[str, float] = {}
@@ -76,14 +76,14 @@ def measure_shape(
             least = roofline.pass_seconds(works[name], rates) * 1e3
             return times | {"roofline ms": least, "× roofline": times["ms"] / least}
 
-        measured = record.measure(f"{title}: {name}", figures, least=seconds)
+        measured = record.measure(f"{what}: {name}", figures, least=seconds)
         if profiles:
             run.before()
-            record.measure(f"{title}: profile of {name}", lambda run=run: profiled(run.call, setting.device))
+            record.measure(f"{what}: profile of {name}", lambda run=run: profiled(run.call, setting.device))
         if measured is not None:
             found[name] = measured["ms"]
     if len(found) == len(PASSES):
-        record.add(f"{title}: × AR", **dict(against_ar(found)))
+        record.add(f"{what}: × AR", **dict(against_ar(found)))
     del runs[:]
     release(model)
 

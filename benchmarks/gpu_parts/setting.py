@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +12,7 @@ from common import roofline
 from common.models import PUBLISHED, config_of, cut_to, random_model, tower_bytes
 
 from gpu_parts.record import MEASUREMENTS, Record, read
-from twotower import TwoTowerConfig, TwoTowerForCausalLM, options
+from twotower import TwoTowerConfig, TwoTowerForCausalLM
 
 SPARE = 8 << 30  # bytes of the device that stay free for states, logits and libraries
 CEILINGS = "ceilings"  # the measurement of the part "machine"
@@ -102,12 +100,3 @@ def release(*models: TwoTowerForCausalLM) -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def changed(model: TwoTowerForCausalLM, **changes: object) -> Iterator[None]:
-    """Options in this block; the model's runners forget their graphs before and after."""
-    release(model)
-    with options.override(**changes):
-        yield
-    release(model)

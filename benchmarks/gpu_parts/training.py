@@ -17,10 +17,12 @@ import torch
 import train
 from common.models import BLOCK, MIDSIZE, config_of
 
+from gpu_parts.choices import TRAINING, sides, title
 from gpu_parts.clock import timed
 from gpu_parts.parallel import start, wait_until
 from gpu_parts.record import Figures, Record
 from gpu_parts.setting import Setting
+from twotower import options
 from twotower.cli.main import run_cli
 from twotower.evaluation.tasks import make_problems
 from twotower.training import fsdp
@@ -79,9 +81,7 @@ def losses(world: fsdp.World, kind: str, dtype: torch.dtype) -> list[float]:
     """Nats a token of the first steps of the bundled shape. Weights and noise are drawn on the CPU."""
     shape = train.shapes()["bundled"]
     objective = train.objectives(shape, world, dtype, False, (kind,))[kind]
-    batch = train.packed(ROWS, LENGTH, shape.vocab_size, world.device)
-    noise = objective.draw_noise(batch, BLOCK)
-    noise = noise and noise.to(world.device)
+    batch, noise = train.batch_for(objective, ROWS, LENGTH, shape.vocab_size, world.device)
     optimizer, found = ShardedAdamW(objective, world, 0.1, 1.0), []
     for _ in range(STEPS):
         loss = objective(batch, noise, BLOCK) / batch.tokens.numel()
@@ -108,34 +108,48 @@ def record_losses() -> Figures:
 
 
 def speeds(setting: Setting, record: Record, seconds: float) -> None:
-    """Tokens a second of a step, by shape, objective and rows; the most important first."""
+    """Tokens a second of a step, by shape, objective, rows and choice; the most important first."""
     end = time.monotonic() + seconds
     world = fsdp.start(setting.device.type)
-    dtype = torch.float32 if setting.small else torch.bfloat16
     length = 32 if setting.small else 512
-    cases = [(*case, rows) for case in (("bundled", "denoiser"), ("midsize", "denoiser")) for rows in (64, 8, 256)]
-    cases += [("bundled", "adapters", 64)]
     made: dict[tuple[str, str], tuple[Any, int]] = {}
-    for number, (shape, kind, rows) in enumerate([("bundled", "denoiser", 1)] if setting.small else cases):
+    cases = cases_of(setting)
+    for number, (shape, kind, rows, side) in enumerate(cases):
         left = (end - time.monotonic()) / (len(cases) - number)
-        what = f"steps of {shape}, {kind}, {rows} rows of {length}"
-        if left <= 1:
+        what = f"steps of {shape}, {kind}, {rows} rows of {length}" + ", " * bool(side) + title(side)
+        if left <= (0 if setting.small else 1):
             record.add(what, skipped="no time left")
             continue
         if (shape, kind) not in made:
             made.clear()
-            own = train.shapes()["bundled"] if shape == "bundled" else config_of(MIDSIZE).layer_fields
-            with world.device:
-                made[shape, kind] = train.objectives(own, world, dtype, False, (kind,))[kind], own.vocab_size
-        record.measure(what, lambda o=made[shape, kind], r=rows, s=0.6 * left: speed(world, *o, r, length, s))
+            made[shape, kind] = objective_of(setting, world, shape, kind)
+        with options.override(**side):
+            record.measure(what, lambda o=made[shape, kind], r=rows, s=0.6 * left: speed(world, *o, r, length, s))
     fsdp.stop()
+
+
+def cases_of(setting: Setting) -> list[tuple[str, str, int, dict[str, Any]]]:
+    """Shape, objective, rows and the side of a choice. Compilation comes last, because it can take all the time."""
+    choices = list(sides(TRAINING))
+    if setting.small:
+        return [("bundled", "denoiser", 1, side) for side in ({}, *choices) if "training_compile" not in side]
+    cases: list[tuple[str, str, int, dict[str, Any]]] = [("bundled", "denoiser", rows, {}) for rows in (64, 8, 256)]
+    cases += [("bundled", "denoiser", 64, side) for side in choices if "training_compile" not in side]
+    cases += [("midsize", "denoiser", rows, {}) for rows in (64, 8, 256)] + [("bundled", "adapters", 64, {})]
+    return cases + [("bundled", "denoiser", 64, side) for side in choices if "training_compile" in side]
+
+
+def objective_of(setting: Setting, world: fsdp.World, shape: str, kind: str) -> tuple[Any, int]:
+    """An objective whose weights are drawn on the device, and its vocabulary."""
+    fields = train.shapes()["bundled"] if shape == "bundled" else config_of(MIDSIZE).layer_fields
+    dtype = torch.float32 if setting.small else torch.bfloat16
+    with world.device:
+        return train.objectives(fields, world, dtype, False, (kind,))[kind], fields.vocab_size
 
 
 def speed(world: fsdp.World, objective: Any, vocabulary: int, rows: int, length: int, seconds: float) -> Figures:
     """A training step: forward, backward, clipping and AdamW."""
-    batch = train.packed(rows, length, vocabulary, world.device)
-    noise = objective.draw_noise(batch, BLOCK)
-    noise = noise and noise.to(world.device)
+    batch, noise = train.batch_for(objective, rows, length, vocabulary, world.device)
     optimizer, cuda = ShardedAdamW(objective, world, 0.1, 1.0), world.device.type == "cuda"
     found: Figures = timed(
         lambda: train.step(objective, optimizer, batch, noise),
