@@ -11,6 +11,7 @@
 - diffusion against AR at a forced number of tokens per denoising pass, through `twotower.generate`.
 
 --rates-only measures the machine's rates and prints the rooflines of the three passes, with experts chosen at random.
+It also prints how many times AR diffusion would be at these rooflines, with 1, 8 and 64 texts at once.
 
 All passes of a dtype take turns in one process; figures are medians. Without --model: random weights of the shape in
 --config. Blocks hold random tokens instead of masks, so that they visit as many experts as in a trained model.
@@ -34,6 +35,7 @@ from common.models import BLOCK, MIDSIZE, config_of, model_for, name_of, random_
 from common.naive import NaiveDenoiser
 from common.pass_runs import PassRuns
 from common.program import CONFIG, DEVICE, JSON, MODEL, QUICK, THREADS, publish, start
+from common.times_ar import ROWS, TOKENS_PER_PASS, at_roofline
 from common.timing import TimedCall, interleaved, medians, ratio, synchronize
 from common.transformers_baseline import transformers_baseline
 from rich.console import RenderableType
@@ -219,6 +221,11 @@ def rates_and_rooflines(config: Path | None, device: str, dtype: str, context: i
         "machine": device_facts(where, what), "model": str(config or MIDSIZE.name), "rates": asdict(rates),
         "work": {name: asdict(one) for name, one in works.items()},
         "rooflines": {name: roofline.pass_seconds(one, rates) for name, one in works.items()},
+        "times AR by rows": {
+            f"{per_pass:g}": at_roofline(config_of(config or MIDSIZE).layer_fields, what, rates, context=context,
+                                         per_pass=per_pass)
+            for per_pass in TOKENS_PER_PASS
+        },
     }  # fmt: skip
 
 
@@ -229,6 +236,14 @@ def roofline_table(found: dict[str, Any]) -> Table:
     for name, one in found["work"].items():
         read = f"{sum(one['parts'].values()) / 1e6:.1f} MB"
         table.add_row(name, read, f"{one['operations'] / 1e9:.3f} GFLOP", f"{found['rooflines'][name] * 1e3:.3f} ms")
+    return table
+
+
+def times_ar_table(found: dict[str, Any]) -> Table:
+    """× AR at the roofline, by tokens per pass and rows."""
+    table = Table("tokens per pass", *(f"{rows} rows" for rows in ROWS), title="× AR, if each pass took its roofline")
+    for per_pass, by_rows in found["times AR by rows"].items():
+        table.add_row(per_pass, *(f"{value:.2f}" for value in by_rows.values()))
     return table
 
 
@@ -264,7 +279,7 @@ def main(
         dtypes = roofline.DTYPES if both else roofline.DTYPES[:1]
     if rates_only:
         facts = rates_and_rooflines(config, device, dtypes[0], context, quick)
-        publish("passes", facts, [roofline_table(facts)], as_json)
+        publish("passes", facts, [roofline_table(facts), times_ar_table(facts)], as_json)
         return
     if quick:
         context, repeats, tokens, rounds = 64, 5, 48, 1

@@ -60,6 +60,11 @@ def test_rates_and_rooflines() -> None:
         computing = work["operations"] / rates["operations_per_second"]
         assert roofline == pytest.approx(max(reading, computing))
     assert facts["rooflines"]["AR step"] < facts["rooflines"]["denoiser pass"]
+    by_rows = facts["times AR by rows"]["3"]
+    one = 16 * facts["rooflines"]["AR step"]
+    one /= 16 / 3 * facts["rooflines"]["denoiser pass"] + facts["rooflines"]["commit"]
+    assert by_rows["1"] == pytest.approx(one)
+    assert list(by_rows) == ["1", "8", "64"]
 
 
 @pytest.mark.parametrize("rate", [1.5, 3.0, 5.0])

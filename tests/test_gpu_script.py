@@ -345,16 +345,51 @@ def test_both_sides_of_each_choice_are_measured() -> None:
             assert options.current() != options.Options()
 
 
-def test_all_tests_that_use_cuda_are_run() -> None:
-    from gpu_parts.cuda_tests import FILES
+def test_the_files_whose_tests_use_cuda() -> None:
+    from gpu_parts.cuda_tests import cuda_files
 
-    others = {"tests/triton_mode.py", "tests/training/test_train_cli.py", "tests/test_gpu_script.py"}  # no CUDA in them
-    asking = {
-        str(file.relative_to(ROOT))
-        for file in (ROOT / "tests").rglob("*.py")
-        if "cuda.is_available()" in file.read_text(encoding="utf-8")
-    }
-    assert asking - others == set(FILES)
+    found = cuda_files()
+    assert {f"tests/ops/test_triton{name}.py" for name in ("", "_attention", "_experts", "_rope")} <= set(found)
+    assert {"tests/engine/test_overlap.py", "tests/cache/test_two_devices.py"} <= set(found)
+    assert not {"tests/test_gpu_script.py", "tests/training/test_train_cli.py"} & set(found)
+
+
+class FakeEvent:
+    """An event of a device whose kernels take 3 ms."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        calls.append("record")
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 3.0
+
+
+calls: list[str] = []
+
+
+def test_the_times_of_device_and_host_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels wait behind a sleeping one while the host launches them; nothing waits for the device in between."""
+    from gpu_parts import clock
+
+    calls.clear()
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(f"sleep {cycles >= clock.CYCLES}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: calls.append("wait"))
+
+    def call() -> None:
+        calls.append("call")
+        time.sleep(0.002)
+
+    found = clock.timed(call, torch.device("cuda"), 0.02, before=lambda: calls.append("before"))
+    assert found.keys() == {"ms", "device ms", "host ms"}
+    assert found["device ms"] == 3.0
+    assert found["host ms"] >= 2
+    apart = ["before", "wait", "sleep True", "record", "call", "record", "wait"]
+    assert calls[-len(apart) :] == apart
+    assert calls[: 2 * clock.WARM_UP] == ["before", "call"] * clock.WARM_UP
 
 
 def test_the_printed_table_fits_the_end_of_a_log() -> None:

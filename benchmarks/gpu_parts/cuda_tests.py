@@ -15,11 +15,8 @@ from gpu_parts.record import Record
 from gpu_parts.setting import Setting
 
 ROOT = Path(__file__).parents[2]
-FILES = (
-    "tests/ops/test_triton_attention.py", "tests/ops/test_triton.py", "tests/ops/test_triton_experts.py",
-    "tests/ops/test_triton_norm_route.py", "tests/ops/test_triton_rope.py", "tests/engine/test_overlap.py",
-    "tests/cache/test_two_devices.py", "tests/ops/test_kernels.py",
-)  # fmt: skip
+ASKS = "cuda.is_available()"  # in a test file whose tests use CUDA where there is a GPU
+WITHOUT = ("test_train_cli.py", "test_gpu_script.py")  # they ask, but use no CUDA
 SMALL = (
     "tests/ops/test_kernels.py::test_an_unselected_expert_is_not_read",
     "tests/ops/test_kernels.py::test_a_token_with_dt_zero_has_no_effect",
@@ -30,10 +27,17 @@ def run(setting: Setting, record: Record) -> None:
     if importlib.util.find_spec("pytest") is None:
         record.add("all tests", skipped="pytest is not installed")
         return
-    files = SMALL if setting.small else FILES
+    files = SMALL if setting.small else cuda_files()
     workers = 2 if setting.small else min(12, os.cpu_count() or 1)
     for lost in in_processes(range(workers), lambda number: run_tests(record, files, number, workers), workers):
         record.add(f"tests of process {lost}", error="the process died; log.txt has its last test")
+
+
+def cuda_files() -> list[str]:
+    """The test files that use CUDA where there is a GPU, the largest first."""
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if file.name not in WITHOUT]
+    found = [file for file in files if ASKS in file.read_text(encoding="utf-8")]
+    return [str(file.relative_to(ROOT)) for file in sorted(found, key=lambda file: -file.stat().st_size)]
 
 
 def run_tests(record: Record, files: Sequence[str], number: int, workers: int) -> None:
