@@ -13,7 +13,7 @@ from twotower import assets, process
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -51,6 +51,82 @@ def source_of(model: Path | str | None) -> Path | str:
 def name_of(source: Path | str) -> str:
     """The name of a model for output."""
     return BUNDLED_PREFIX + Path(source).name if Path(source).parent == assets.FOLDER else str(source)
+
+
+def name_on_nodes(source: Path | str) -> str:
+    """The model as every node of a cluster finds it: bundled/NAME, an absolute path, or a hub id."""
+    name = name_of(source)
+    return str(Path(name).absolute()) if Path(name).exists() else name
+
+
+def load_text_model(
+    source: Path | str,
+    consequence: str,
+    *,
+    towers: TowerSet = "both",
+    dtype: str = "auto",
+    quantization: str | None = None,
+    context_device: str | None = None,
+    denoiser_device: str | None = None,
+    threads: int | None = None,
+    one_tower: bool = False,
+) -> TwoTowerForCausalLM:
+    """Configures the process for `threads` CPU threads and loads a model that has a tokenizer; see `load_model`.
+
+    consequence: ends the error message for a model without a tokenizer ("…, so CONSEQUENCE").
+
+    Raises:
+        TwoTowerError: as `load_model`, or the model has no tokenizer.
+    """
+    process.configure_process(threads)
+    model = load_model(
+        source,
+        towers=towers,
+        dtype=dtype,
+        quantization=quantization,
+        context_device=context_device,
+        denoiser_device=denoiser_device,
+        one_tower=one_tower,
+    )
+    need_tokenizer(model, source, consequence)
+    return model
+
+
+def without_weights(source: Path | str) -> TwoTowerForCausalLM:
+    """The model of a two-tower checkpoint on the meta device: config, tokenizer and defaults, for checks of requests.
+
+    Of a hub id, no weights are downloaded.
+
+    Raises:
+        TwoTowerError: the checkpoint is missing or its config is not valid.
+    """
+    import torch
+
+    from twotower.checkpoint.generation_config import GenerationDefaults
+    from twotower.checkpoint.source import resolve_source
+    from twotower.config import TwoTowerConfig, errors_of
+    from twotower.modeling_twotower import TwoTowerForCausalLM
+
+    directory = resolve_source(source, {}, weights=False)
+    config = TwoTowerConfig.read(directory)
+    with torch.device("meta"), errors_of(directory):
+        model = TwoTowerForCausalLM(config)
+    model.tokenizer_source, model.generation_defaults = directory, GenerationDefaults.read(directory, config.vocab_size)
+    return model
+
+
+def same_dtype(model: TwoTowerForCausalLM, dtype: str, on_cpu: bool) -> str:
+    """The dtype that "auto" means on every machine of a cluster, whatever memory is free there.
+
+    model: may be one without weights. on_cpu: whether a tower is on a CPU.
+    """
+    stored = str(getattr(model.config, "dtype", None) or "float32").removeprefix("torch.")
+    if dtype != "auto" or stored not in DTYPES:
+        return dtype
+    from twotower.checkpoint import names
+
+    size = sum(math.prod(shape) for shape in names.weight_shapes(model).values())
+    return "float32" if stored == "bfloat16" and on_cpu and size < FP32_BELOW else stored
 
 
 def load_model(
@@ -159,6 +235,12 @@ def eos_of(model: Towers) -> int | Sequence[int] | None:
     """The EOS token ids of `generation_config.json`, else of `config.json`, else of the tokenizer."""
     eos = model.generation_defaults.eos_or(model.config.eos_token_id)
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)
+
+
+def job_parameters(model: Towers, values: Mapping[str, object], max_new_tokens: int, seed: int) -> dict[str, object]:
+    """The parameters of the prompts of a job that do not name their own. values: of the decoding setting."""
+    ids = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
+    return {"max_new_tokens": max_new_tokens, **ids, "seed": seed, **values}
 
 
 def need_tokenizer(model: TwoTowerForCausalLM, source: Path | str, consequence: str) -> None:

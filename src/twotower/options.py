@@ -211,6 +211,13 @@ def from_environment(environment: Mapping[str, str]) -> Options:
     return Options(**given)
 
 
+def set_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of this package that an environment sets, for a worker on another machine; secrets are left out."""
+    known = [variable_of(one) for one in dataclasses.fields(Options)]
+    names = [each.name for each in known if each.name.startswith("TWOTOWER_") and each.kind is not SECRETS]
+    return {name: environment[name] for name in names if environment.get(name)}
+
+
 # --- the options of this process --------------------------------------------------------------------------------------
 
 

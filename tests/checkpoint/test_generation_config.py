@@ -17,8 +17,8 @@ from serving import serving
 from twotower import TwoTowerForCausalLM, model_loading
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.tokenizer_files import copy_model_files
-from twotower.cli.serve_checks import sampling_defaults
 from twotower.errors import ConfigError
+from twotower.server.building import sampling_defaults
 
 NEMOTRON = {
     "_from_model_config": True,
@@ -148,34 +148,34 @@ def test_every_eos_token_of_the_list_ends_a_text(checkpoint: Path, cli: Cli) -> 
 
 def test_sampling_defaults_apply_in_the_server_only(checkpoint: Path, tmp_path: Path) -> None:
     model = TwoTowerForCausalLM.from_pretrained(add_files(checkpoint, do_sample=False))
-    sampling = sampling_defaults(model, None)
+    sampling = sampling_defaults(model, None, print)
     assert sampling == {"temperature": 0.0}
     with serving(model=model, decoding={"mode": "ar"}, sampling=sampling) as server:
         texts = {server.complete("Sort:", max_tokens=12).json()["choices"][0]["text"] for _ in range(3)}
         assert len(texts) == 1  # greedy, although the API's default temperature is 1
         sampled = {server.complete("Sort:", max_tokens=12, temperature=2.0).json()["choices"][0]["text"] for _ in "abc"}
         assert len(sampled) > 1
-    with serving(model=model, decoding={"mode": "ar"}, sampling=sampling_defaults(model, "none")) as server:
+    with serving(model=model, decoding={"mode": "ar"}, sampling=sampling_defaults(model, "none", print)) as server:
         assert len({server.complete("Sort:", max_tokens=12).json()["choices"][0]["text"] for _ in range(3)}) > 1
 
 
 def test_generation_config_of_the_server(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = TwoTowerForCausalLM.from_pretrained(checkpoint)
-    assert sampling_defaults(model, None) == {"temperature": 0.6, "top_p": 0.95}
-    said = capsys.readouterr().err
+    assert sampling_defaults(model, None, print) == {"temperature": 0.6, "top_p": 0.95}
+    said = capsys.readouterr().out
     assert "temperature 0.6, top_p 0.95" in said
     assert "length_penalty has no effect" in said
-    assert sampling_defaults(model, "none") == {}
+    assert sampling_defaults(model, "none", print) == {}
     other = tmp_path / "other.json"
     other.write_text('{"top_k": 20, "temperature": null, "repetition_penalty": 1.2, "min_p": 0.1}')
-    assert sampling_defaults(model, str(other)) == {"top_k": 20, "repetition_penalty": 1.2, "min_p": 0.1}
+    assert sampling_defaults(model, str(other), print) == {"top_k": 20, "repetition_penalty": 1.2, "min_p": 0.1}
     assert model_loading.eos_of(model) == (2, 11)  # the given file has none
     other.write_text('{"eos_token_id": 5}')
-    assert sampling_defaults(model, str(other)) == {}
+    assert sampling_defaults(model, str(other), print) == {}
     assert model_loading.eos_of(model) == (5,)
     for given in (tmp_path / "none.json", tmp_path):
         with pytest.raises(ValueError, match=r"generation.config"):
-            sampling_defaults(model, str(given))
+            sampling_defaults(model, str(given), print)
 
 
 # --- errors and info -----------------------------------------------------------------------------------------------

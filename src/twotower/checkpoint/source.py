@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TypedDict
@@ -21,15 +22,20 @@ class HubArguments(TypedDict, total=False):
 
 
 # Patterns of the hub, in which * also matches a slash.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
+_SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.codes")
+_WEIGHTS = ("*.safetensors",)
 
 
 def resolve_source(
-    source: str | PathLike[str], hub: HubArguments, subfolder: str | None = None, code: bool = False
+    source: str | PathLike[str],
+    hub: HubArguments,
+    subfolder: str | None = None,
+    code: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The directory itself, or a snapshot of the needed files from the hub; with `subfolder`, that folder in it.
 
-    hub: arguments of the hub client. code: whether Python files are needed.
+    hub: arguments of the hub client. code, weights: whether Python files and weights are needed.
 
     Raises:
         ArgumentError: the source or the subfolder is not a path.
@@ -38,14 +44,15 @@ def resolve_source(
     if not isinstance(source, str | PathLike) or isinstance(source, bytes) or not str(source):
         raise ArgumentError(f"the checkpoint is {source!r}; give a directory or a hub id of the form owner/name")
     inside = _subfolder(subfolder)
-    root = _root(source, hub, inside, code)
+    patterns = (*_SMALL, *(_WEIGHTS if weights else ()), *(("*.py",) if code else ()))
+    root = _root(source, hub, inside, patterns)
     finish_save(root / inside)
     if inside and not (root / inside).is_dir():
         raise CheckpointError(f"{source}: has no folder {inside}; correct subfolder")
     return root / inside
 
 
-def _root(source: str | PathLike[str], hub: HubArguments, inside: str, code: bool) -> Path:
+def _root(source: str | PathLike[str], hub: HubArguments, inside: str, patterns: Sequence[str]) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
@@ -55,8 +62,7 @@ def _root(source: str | PathLike[str], hub: HubArguments, inside: str, code: boo
         raise CheckpointError(f"{source}: no such directory, and not a hub id of the form owner/name; check the path")
     from huggingface_hub import snapshot_download
 
-    patterns = [*_WANTED, *(["*.py"] if code else [])]
-    wanted = [f"{inside}/{pattern}" for pattern in patterns] if inside else patterns
+    wanted = [f"{inside}/{pattern}" for pattern in patterns] if inside else list(patterns)
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted, **hub))
     except Exception as error:  # the hub client raises many types; the user needs one line

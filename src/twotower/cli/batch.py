@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
-from twotower.cli.terminal import status_line
 from twotower.errors import ArgumentError
 
-if TYPE_CHECKING:
-    from twotower.decoding.output import Generation
-    from twotower.engine.jobs import Line
-    from twotower.modeling_twotower import TwoTowerForCausalLM
-
+NO_TOKENIZER = "prompts cannot be encoded; add a tokenizer"
 
 rows_option = click.option(
     "--rows", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a batch."
@@ -77,6 +69,17 @@ memory_option = click.option(
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
+@click.option(
+    "--ray",
+    is_flag=True,
+    help="Run on a Ray cluster: that of RAY_ADDRESS, else one of this machine. Needs the extra ray.",
+)
+@click.option(
+    "--actors",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="With --ray: processes that load the model.  [default: one for each GPU, without GPUs one for each node]",
+)
 def batch(
     prompts: Path,
     out: Path,
@@ -91,6 +94,8 @@ def batch(
     dtype: str,
     quantization: str | None,
     threads: int | None,
+    ray: bool,
+    actors: int | None,
 ) -> None:
     """Continue every prompt of a JSONL file.
 
@@ -99,18 +104,27 @@ def batch(
     "error". After an interruption, the same command continues. PROMPTS is UTF-8. If no line is answered, the exit
     code is 1.
     """
+    from twotower.cli import batch_run
     from twotower.engine.jobs import read_lines
     from twotower.file_lock import exclusive_lock
 
+    if actors is not None and not ray:
+        raise ArgumentError(f"--actors is {actors}, and the job runs in this process; add --ray, or leave it out")
     values = models.setting_values(setting, deterministic)
-    loaded, source = models.load_text_model(
-        model, "prompts cannot be encoded; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
-    )
-    shared: dict[str, object] = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
-    shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
+    job: batch_run.Job
+    if ray:
+        job, loaded, source = batch_run.cluster_job(
+            model, NO_TOKENIZER, actors, rows, bytes_of(memory), dtype=dtype, quantization=quantization, threads=threads
+        )
+    else:
+        loaded, source = models.load_text_model(
+            model, NO_TOKENIZER, dtype=dtype, quantization=quantization, threads=threads
+        )
+        job = batch_run.EngineJob(loaded, rows, bytes_of(memory))
+    shared = model_loading.job_parameters(loaded, values, max_new_tokens, seed)
     lines = read_lines(prompts, loaded, shared, model_loading.name_of(source))
     with exclusive_lock(out, out):
-        run_with_progress(loaded, lines, out, rows, bytes_of(memory), with_prompt=with_prompt)
+        batch_run.run_with_progress(job, lines, out, with_prompt=with_prompt)
 
 
 @click.command(name="generate-data")
@@ -212,6 +226,7 @@ def generate_data(
     turn. A last assistant turn in FILE is replaced; the other fields of a line have no effect. Conversations are
     rendered with the chat template of the tokenizer. A killed job continues with the same command.
     """
+    from twotower.cli import batch_run
     from twotower.engine.generated_data import DataOptions, data_fields, read_prompts
     from twotower.file_lock import exclusive_lock
 
@@ -221,7 +236,7 @@ def generate_data(
     DataOptions(parameters=parameters, samples=samples)  # checked before the weights are read
     loaded, source = models.load_text_model(
         None if model == "bundled" else model,
-        "prompts cannot be encoded; add a tokenizer",
+        NO_TOKENIZER,
         towers="context",
         dtype=dtype,
         quantization=quantization,
@@ -243,50 +258,10 @@ def generate_data(
             raise ArgumentError(f"{what}; correct them, or raise --max-bad-records, which is {max_bad_records}")
         click.echo(f"Note: {what}", err=True)
     with exclusive_lock(out, out):
-        run_with_progress(loaded, lines, out, rows, bytes_of(memory), with_prompt=True, fields=data_fields)
+        job = batch_run.EngineJob(loaded, rows, bytes_of(memory), data_fields)
+        batch_run.run_with_progress(job, lines, out, with_prompt=True)
 
 
 def bytes_of(memory: float | None) -> int | None:
     """The bytes of `--memory`, which is in GiB."""
     return None if memory is None else int(memory * 2**30)
-
-
-def run_with_progress(
-    model: TwoTowerForCausalLM,
-    lines: Sequence[Line],
-    out: Path,
-    rows: int,
-    memory: int | None,
-    *,
-    with_prompt: bool,
-    fields: Callable[[Line, Generation], dict[str, object]] | None = None,
-) -> None:
-    """Writes the missing answers of a job, and shows its progress. The exit code is 1 if no line has an answer.
-
-    memory: bytes of state. with_prompt, fields: of `run_job`.
-    """
-    from twotower.engine.jobs import count_answered, engine_for, has_answer, run_job
-
-    before = count_answered(out, lines)
-    engine = engine_for(model, lines, rows, memory)
-    started = time.perf_counter()
-    with status_line() as update:
-
-        def progress(written: int, tokens: int) -> None:
-            seconds = time.perf_counter() - started
-            rest = (len(lines) - written) * seconds / max(written - before, 1)
-            update(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
-
-        written, failed = run_job(engine, lines, out, progress, before, with_prompt, fields)
-    earlier = f", {before} more by an earlier run" if before else ""
-    errors = f", {failed} with an error" if failed else ""
-    click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)
-    stats = engine.stats()
-    if stats.reused_tokens:
-        click.echo(
-            f"{stats.reused_tokens:,} of {stats.prompt_tokens:,} prompt tokens came from the prefix cache",
-            err=True,
-        )
-    if out.is_file() and not has_answer(out):
-        click.echo(f"{out}: no line was answered; its errors say why", err=True)
-        click.get_current_context().exit(1)

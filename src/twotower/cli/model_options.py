@@ -13,7 +13,6 @@ import click
 from twotower import model_loading
 from twotower.cli.terminal import status_line
 from twotower.decoding.modes import COMPARED_SETTINGS
-from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.decoding.params import Parameters
@@ -165,20 +164,20 @@ def load_text_model(
     """
     source = model_loading.source_of(model)
     with status(f"loading {model_loading.name_of(source)} …"):
-        configure_process(threads)
-        loaded = model_loading.load_model(
+        loaded = model_loading.load_text_model(
             source,
+            consequence,
             towers=towers,
             dtype=dtype,
             quantization=quantization,
             context_device=context_device,
             denoiser_device=denoiser_device,
+            threads=threads,
             one_tower=one_tower,
         )
     note = model_loading.dtype_note(loaded, dtype)
     if note is not None:
         click.secho(note, err=True, dim=True)
-    model_loading.need_tokenizer(loaded, source, consequence)
     return loaded, source
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.errors import ArgumentError, install_command
 
 if TYPE_CHECKING:
-    from twotower.engine import LLM
-    from twotower.server.settings import Limits
-
-DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of a million tokens is too large
+    from twotower.server.options import Door, ServiceOptions
 
 
 @click.command()
@@ -159,7 +155,14 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
-def serve(**options: Any) -> None:
+@click.option(
+    "--replicas",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Serve N replicas, each with the model and an engine, with Ray Serve on a cluster: that of RAY_ADDRESS, else "
+    "one of this machine. Needs the extra ray.",
+)
+def serve(host: str, port: int, drain: int, replicas: int | None, **options: Any) -> None:
     """Serve a model over HTTP: /v1/completions, /v1/chat/completions, and a page at / that shows the decoding.
 
     The model has two towers, or is an autoregressive model, which is served as a context tower alone.
@@ -167,129 +170,50 @@ def serve(**options: Any) -> None:
     By default only this machine can reach the server; see --host. The first SIGTERM or Ctrl-C lets running requests
     finish, the second stops at once.
     """
-    start_server(ServeOptions(**options))
+    try:
+        importlib.import_module("twotower.server.uvicorn_server")
+    except ImportError as error:
+        raise ArgumentError(f"serving needs {error.name}; install it: {install_command('serve')}") from None
+    from twotower.cli.serve_checks import check_free, is_loopback
+    from twotower.server.options import ServiceOptions
+
+    given = ServiceOptions(**options)
+    door = given.check()
+    address = Address(host=host, port=port, drain=drain)
+    if replicas is not None and port == 0:
+        raise ArgumentError("--port 0 does not go with --replicas, because Ray Serve does not choose a port; name one")
+    check_free(host, port)
+    if not door.keys and not is_loopback(host):
+        click.echo(
+            f"Warning: other machines can reach {host} without an API key; set --api-keys to require one.", err=True
+        )
+    if replicas is None:
+        serve_here(given, door, address)
+    else:
+        serve_replicas(given, door, address, replicas)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """The options of a command line, after the checks of click."""
+class Address:
+    """Where a server listens. drain: seconds that running requests have to finish."""
 
-    model: str | None
     host: str
     port: int
-    name: tuple[str, ...]
-    setting: str | None
-    rows: int
-    length: int | None
-    block_size: int
-    memory: float | None
-    queue: int
-    api_keys: Path | None
-    per_key: int | None
-    max_prompt: int | None
-    max_tokens: int | None
-    timeout: float
     drain: int
-    log_prompts: bool
-    strict_fields: bool
-    chat_template: Path | None
-    allow_origin: tuple[str, ...]
-    root_path: str
-    tool_parser: str
-    reasoning_parser: str
-    generation_config: str | None
-    context_device: str | None
-    denoiser_device: str | None
-    deterministic: bool
-    dtype: str
-    quantization: str | None
-    threads: int | None
-
-    def limits(self) -> Limits:
-        from twotower.server.settings import Limits
-
-        return Limits(
-            queue=self.queue,
-            per_key=self.per_key,
-            prompt_tokens=self.max_prompt,
-            output_tokens=self.max_tokens,
-            request_seconds=self.timeout,
-        )
 
 
-def start_server(options: ServeOptions) -> None:
+def serve_here(options: ServiceOptions, door: Door, address: Address) -> None:
     """Loads the model and serves it until a signal.
 
     Raises:
-        TwoTowerError: An option or the model is invalid. Most errors are found before weights are read.
+        TwoTowerError: An option or the model is invalid.
     """
-    try:
-        from twotower.server.uvicorn_server import serve_until_signal
-    except ImportError as error:
-        raise ArgumentError(f"serving needs {error.name}; install it: {install_command('serve')}") from None
-    from twotower.cli.serve_checks import check_free, is_loopback, sampling_defaults
-    from twotower.decoding.params import GenerationParams
-    from twotower.engine import AsyncLLM
-    from twotower.engine.towers import denoiser_name
-    from twotower.server.parsers.selection import check_names
-    from twotower.server.service import Service
-    from twotower.server.settings import ServerSettings, check_origin, check_root_path, read_keys
+    from twotower.server.building import NO_TOKENIZER, build_service
+    from twotower.server.uvicorn_server import serve_until_signal
 
-    for option, given in (("--timeout", options.timeout), ("--memory", options.memory)):
-        if given is not None and not math.isfinite(given):
-            raise ArgumentError(f"{option} is {given}; it must be a finite number")
-    models.setting_values(options.setting or "ar", options.deterministic)  # errors before weights are read
-    check_names(options.tool_parser, options.reasoning_parser)
-    keys = read_keys(options.api_keys)
-    origins, root_path = tuple(map(check_origin, options.allow_origin)), check_root_path(options.root_path)
-    if options.per_key is not None and not keys:
-        raise ArgumentError("--per-key needs API keys; set --api-keys or TWOTOWER_API_KEYS, or omit it")
-    check_free(options.host, options.port)
-    source = model_loading.source_of(options.model)
-    engine = _engine(options, source)
-    sampling = sampling_defaults(engine.model, options.generation_config)
-    names = options.name or (Path(source).name,)
-    default = "verified" if engine.model.has_denoiser else "ar"
-    decoding = models.setting_values(options.setting or default, options.deterministic)
-    denoiser_name(engine.model, GenerationParams.from_mapping(decoding))  # raises if the setting names an unknown one
-    settings = ServerSettings(
-        name=names[0],
-        decoding=decoding,
-        sampling=sampling,
-        limits=options.limits(),
-        api_keys=keys,
-        log_prompts=options.log_prompts,
-        strict_fields=options.strict_fields,
-        more_names=names[1:],
-        aliases=(options.model,) if options.model else (),
-        allowed_origins=origins,
-        root_path=root_path,
-        tool_parser=options.tool_parser,
-        reasoning_parser=options.reasoning_parser,
-    )
-    if not keys and not is_loopback(options.host):
-        click.echo(
-            f"Warning: other machines can reach {options.host} without an API key; set --api-keys to require one.",
-            err=True,
-        )
-
-    mib = engine.stats().state_bytes / 2**20
-
-    def listening(address: str) -> None:
-        capacity = f"{options.rows} sequences at once, {mib:,.0f} MiB of caches and states"
-        click.echo(f"{settings.name} at {address}: page at {root_path}/, API at {root_path}/v1; {capacity}", err=True)
-
-    serve_until_signal(Service(AsyncLLM(engine), settings), options.host, options.port, options.drain, listening)
-
-
-def _engine(options: ServeOptions, source: Path | str) -> LLM:
-    """Loads the model and builds its engine."""
-    from twotower.cli.serve_checks import use_chat_template
-    from twotower.engine import LLM
-
-    model, _ = models.load_text_model(
-        source,
-        "the server cannot encode prompts; put that file into the directory",
+    model, source = models.load_text_model(
+        options.model,
+        NO_TOKENIZER,
         dtype=options.dtype,
         quantization=options.quantization,
         context_device=options.context_device,
@@ -297,15 +221,33 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
         threads=options.threads,
         one_tower=True,
     )
-    window = model.spec.max_position_embeddings
-    llm = LLM(
-        model,
-        rows=options.rows,
-        length=min(window, DEFAULT_LENGTH) if options.length is None else options.length,
-        block_size=options.block_size,
-        memory=None if options.memory is None else int(options.memory * 2**30),
-    )
-    use_chat_template(model, options.chat_template)
-    if not getattr(model.tokenizer, "chat_template", None):
-        click.echo("Note: the model has no chat template, so a chat is written as lines of `Role: text`.", err=True)
-    return llm
+    service = build_service(options, door, model, source, lambda text: click.echo(text, err=True), options.model)
+    mib = service.engine.stats.state_bytes / 2**20
+
+    def listening(url: str) -> None:
+        capacity = f"{options.rows} sequences at once, {mib:,.0f} MiB of caches and states"
+        click.echo(_greeting(service.settings.name, url, door.root_path, capacity), err=True)
+
+    serve_until_signal(service, address.host, address.port, address.drain, listening)
+
+
+def serve_replicas(options: ServiceOptions, door: Door, address: Address, replicas: int) -> None:
+    """Serves replicas with Ray Serve until a signal.
+
+    Raises:
+        TwoTowerError: Ray is not installed, the cluster has no room, or a replica cannot start.
+    """
+    from twotower.model_loading import source_of
+    from twotower.ray.serving import run_replicas
+
+    name = options.name[0] if options.name else Path(source_of(options.model)).name
+
+    def listening(url: str) -> None:
+        capacity = f"{replicas} replicas of {options.rows} sequences at once"
+        click.echo(_greeting(name, url, door.root_path, capacity), err=True)
+
+    run_replicas(options, door, replicas, address.host, address.port, address.drain, listening)
+
+
+def _greeting(name: str, url: str, root_path: str, capacity: str) -> str:
+    return f"{name} at {url}: page at {root_path}/, API at {root_path}/v1; {capacity}"

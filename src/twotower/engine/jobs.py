@@ -10,9 +10,10 @@ import codecs
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from twotower.chat_template import Message
 from twotower.decoding.output import Generation
@@ -73,7 +74,7 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name:
     # The digest uses the old name of policy_value, so that jobs of earlier versions can be continued.
     hashed = {"knob" if name == "policy_value" else name: value for name, value in shared.items()}
     inherited = json.dumps([model_name, hashed], sort_keys=True, default=str).encode()
-    longest = model.spec.max_position_embeddings * longest_token(require_tokenizer(model.tokenizer))
+    longest = longest_prompt(model)
     for raw in raw_lines(path):
         raw.hash.update(inherited)
         digest = raw.hash.hexdigest()[:16]
@@ -123,7 +124,7 @@ def raw_lines(path: Path) -> Iterator[RawLine]:
 
 
 def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str, object], longest: int) -> Line:
-    """longest: characters of the longest prompt that can fit the window."""
+    """longest: of `longest_prompt`."""
     try:
         fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -135,30 +136,47 @@ def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str,
         return Line(number, digest, error='no "prompt"; give a JSON object with "prompt", a string')
     name = fields.pop("id", None)
     prompt = fields.pop("prompt")
+    seed = shared["seed"]
+    assert isinstance(seed, int)
+    try:
+        request = request_of(prompt, fields, model, shared | {"seed": seed + number}, longest)
+    except (TwoTowerError, UnicodeError) as error:
+        return Line(number, digest, name, error=str(error))
+    return Line(number, digest, name, request, prompt)
+
+
+def longest_prompt(model: Towers) -> int:
+    """The characters of the longest prompt that can fit the window."""
+    return model.spec.max_position_embeddings * longest_token(require_tokenizer(model.tokenizer))
+
+
+def request_of(
+    prompt: str, given: Mapping[str, object], model: Towers, shared: Mapping[str, object], longest: int
+) -> Request:
+    """The request for a prompt. given: its own parameters. longest: of `longest_prompt`.
+
+    Raises:
+        TwoTowerError: the prompt is too long, or a parameter is unknown or wrong.
+        UnicodeError: the prompt has half a surrogate pair.
+    """
     if len(prompt) > longest:
         window = model.spec.max_position_embeddings
-        reason = (
-            f"the prompt has {len(prompt)} characters, more than the {window} tokens of the context window can hold"
+        raise ArgumentError(
+            f"the prompt has {len(prompt)} characters, more than the {window} tokens of the context window can hold; "
+            "shorten it"
         )
-        return Line(number, digest, name, error=f"{reason}; shorten it")
+    fields = dict(given)
     if "knob" in fields and "policy_value" not in fields:  # the old name
         fields["policy_value"] = fields.pop("knob")
     unknown = sorted(set(fields) - set(LINE_FIELDS))
     if unknown:
         known = ", ".join(("prompt", "id", *LINE_FIELDS))
-        return Line(number, digest, name, error=f"unknown field {', '.join(unknown)}; known are {known}")
-    seed = shared["seed"]
-    assert isinstance(seed, int)
-    try:
-        params = GenerationParams.from_mapping(shared | {"seed": seed + number} | fields)
-        tokens = require_tokenizer(model.tokenizer)(prompt.encode().decode())[
-            "input_ids"
-        ]  # raises for half a surrogate pair
-        request = Request(tokens, params)
-        check_before_engine(model, params, [len(tokens)])  # before the engine exists: its size depends on the requests
-    except (TwoTowerError, UnicodeError) as error:
-        return Line(number, digest, name, error=str(error))
-    return Line(number, digest, name, request, prompt)
+        raise ArgumentError(f"unknown field {', '.join(unknown)}; known are {known}")
+    params = GenerationParams.from_mapping({**shared, **fields})
+    tokens = require_tokenizer(model.tokenizer)(prompt.encode().decode())["input_ids"]
+    request = Request(tokens, params)
+    check_before_engine(model, params, [len(tokens)])  # before the engine exists: its size depends on the requests
+    return request
 
 
 def engine_for(model: Towers, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
@@ -194,42 +212,66 @@ def count_answered(out: Path, lines: Sequence[Line]) -> int:
     return len(answers)
 
 
-def run_job(
+class Step(NamedTuple):
+    """What one step of an engine, or a batch of a cluster, adds to a job.
+
+    answers: the place of a line, from 0, and the fields of its answer. tokens: new tokens.
+    """
+
+    answers: list[tuple[int, dict[str, object]]]
+    tokens: int
+
+
+def engine_steps(
     llm: LLM,
+    lines: Sequence[Line],
+    start: int = 0,
+    fields: Callable[[Line, Generation], dict[str, object]] | None = None,
+) -> Iterator[Step]:
+    """Answers the lines from `start` on with an engine. fields: of an answer; None: `result_fields`."""
+    next_line = start  # the next line to submit
+    places: dict[int, int] = {}
+    queued = QUEUED_PER_ROW * llm.rows
+    while next_line < len(lines) or places:
+        step = Step([], 0)
+        while next_line < len(lines) and next_line - min(places.values(), default=next_line) < queued:
+            line = lines[next_line]
+            try:
+                if line.request is None:
+                    raise ArgumentError(line.error)
+                places[llm.add_request(line.request)] = next_line
+            except ArgumentError as error:
+                step.answers.append((next_line, {"error": str(error)}))
+            next_line += 1
+        tokens = 0
+        for event in llm.step():
+            tokens += len(event.tokens)
+            if event.result is not None:
+                place, result = places.pop(event.row), event.result
+                step.answers.append((place, result_fields(result) if fields is None else fields(lines[place], result)))
+        yield step._replace(tokens=tokens)
+
+
+def write_answers(
+    steps: Iterable[Step],
     lines: Sequence[Line],
     out: Path,
     progress: Callable[[int, int], object] | None = None,
     before: int | None = None,
     with_prompt: bool = False,
-    fields: Callable[[Line, Generation], dict[str, object]] | None = None,
 ) -> tuple[int, int]:
     """Appends the missing answers to `out` in order → the numbers of written lines and of errors among them.
 
-    progress: called with the lines in `out` and the new tokens so far. before: what `count_answered` gave, if known.
-    with_prompt: whether an answer has its prompt. fields: of an answer; None: `result_fields`.
+    steps: the answers, in any order. progress: called with the lines in `out` and the new tokens so far. before: what
+    `count_answered` gave, if known. with_prompt: whether an answer has its prompt.
     """
     written = start = count_answered(out, lines) if before is None else before
     failed = tokens = 0
-    next_line = start  # the next line to submit
-    places: dict[int, int] = {}
     answers: dict[int, dict[str, object]] = {}
     with out.open("a", encoding="utf-8") as file:
-        while written < len(lines):
-            while next_line < len(lines) and next_line - written < QUEUED_PER_ROW * llm.rows:
-                line = lines[next_line]
-                try:
-                    if line.request is None:
-                        raise ArgumentError(line.error)
-                    places[llm.add_request(line.request)] = next_line
-                except ArgumentError as error:
-                    answers[next_line] = {"error": str(error)}
-                next_line += 1
-            for event in llm.step():
-                tokens += len(event.tokens)
-                if event.result is not None:
-                    place = places.pop(event.row)
-                    result = event.result
-                    answers[place] = result_fields(result) if fields is None else fields(lines[place], result)
+        for step in steps:
+            tokens += step.tokens
+            answers.update(step.answers)
             while written in answers:
                 line, answer = lines[written], answers.pop(written)
                 failed += bool(answer.get("error"))
@@ -242,6 +284,20 @@ def run_job(
             if progress is not None:
                 progress(written, tokens)
     return written - start, failed
+
+
+def run_job(
+    llm: LLM,
+    lines: Sequence[Line],
+    out: Path,
+    progress: Callable[[int, int], object] | None = None,
+    before: int | None = None,
+    with_prompt: bool = False,
+    fields: Callable[[Line, Generation], dict[str, object]] | None = None,
+) -> tuple[int, int]:
+    """Answers the missing lines with an engine; see `write_answers` and `engine_steps`."""
+    start = count_answered(out, lines) if before is None else before
+    return write_answers(engine_steps(llm, lines, start, fields), lines, out, progress, start, with_prompt)
 
 
 def has_answer(out: Path) -> bool:

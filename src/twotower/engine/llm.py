@@ -89,8 +89,22 @@ class LLM:
             ArgumentError: the longest request does not fit the memory.
         """
         length = max((len(request.prompt) + request.params.max_new_tokens for request in requests), default=1)
+        block = max((request.params.block_size for request in requests), default=1)
+        return cls.fitting_length(model, length, block, min(rows, max(len(requests), 1)), memory, options)
+
+    @classmethod
+    def fitting_length(
+        cls,
+        model: Towers,
+        length: int,
+        block_size: int,
+        rows: int,
+        memory: int | None = None,
+        options: EngineOptions | None = None,
+    ) -> LLM:
+        """As `fitting`, for requests of at most `length` tokens, prompt included, and blocks of `block_size`."""
         window = max(model.spec.max_position_embeddings, DEFAULT_BLOCK_SIZE)
-        block = min(max((request.params.block_size for request in requests), default=1), window)
+        block = min(block_size, window)
         if memory is not None and memory < (least := cls.memory_for(model, 1, length, block)):
             raise ArgumentError(
                 f"a text of {length} tokens takes {least / 2**20:.1f} MiB of state, more than the "
@@ -99,7 +113,7 @@ class LLM:
             )
         prefix_cache = options is None or options.prefix_cache
         needs = needs_of(model, length + block, block, block, memory, prefix_cache)
-        rows = max(rows_that_fit(needs, min(rows, max(len(requests), 1))), 1)
+        rows = max(rows_that_fit(needs, rows), 1)
         return cls(model, rows=rows, length=length, block_size=block, memory=memory, options=options)
 
     @property

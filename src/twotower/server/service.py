@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import TypeVar
@@ -36,6 +36,7 @@ class Service:
         self.settings = settings
         self.tokenizer = TokenizerAdapter(require_tokenizer(self.model.tokenizer))
         self.metrics = Metrics(engine, settings.name)
+        self.expositions: Callable[[], Awaitable[bytes]] = self._own_exposition  # of all replicas, if there are any
         self.draining = False
         self.started = int(time.time())
         self._builder = ChoiceBuilder(engine, self.tokenizer)
@@ -122,6 +123,9 @@ class Service:
                 if item is not None and item[1].result is not None:
                     found[item[0].index] = item[1].result
         return [found[choice.index] for choice in choices]
+
+    async def _own_exposition(self) -> bytes:
+        return self.metrics.exposition()
 
     @property
     def active_choices(self) -> int:

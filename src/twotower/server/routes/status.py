@@ -46,7 +46,7 @@ def add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Metrics in the Prometheus text format."""
-        return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
+        return Response(await service.expositions(), media_type="text/plain; version=0.0.4")
 
     @app.get("/version")
     async def version() -> dict[str, str]:
