@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow test-clients test-llamacpp test-onnx browser check docs backbone-table clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow test-clients test-llamacpp test-onnx test-ray browser check docs backbone-table clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -44,6 +44,19 @@ test-onnx: .venv/.installed-dev build/onnx/.installed
 build/onnx/.installed: tests/onnx/requirements.txt
 	rm -rf build/onnx
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/onnx -r tests/onnx/requirements.txt
+	@touch $@
+
+# Jobs and servers on a Ray cluster of this machine, with the packages of build/ray (minutes). RAY_PYTHON=PYTHON uses a
+# Python that has the packages of the extra `ray`.
+RAY_PYTHON ?= build/ray/bin/python
+RAY_BUILD := $(if $(filter build/ray/bin/python,$(RAY_PYTHON)),build/ray/.installed)
+test-ray: .venv/.installed-dev $(RAY_BUILD)
+	RAY_PYTHON="$(abspath $(RAY_PYTHON))" $(BIN)/python -m pytest tests/ray_cluster -s
+
+build/ray/.installed: pyproject.toml constraints.txt
+	rm -rf build/ray
+	$(PYTHON) -m venv build/ray
+	build/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	@touch $@
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.

@@ -21,12 +21,12 @@ from twotower.cli.main import cli, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "127.0.0.1:8000"  # of the server in the documents
-NEEDS = {"gpu", "hub", "files", "network", "time"}  # what a block may be marked with
+NEEDS = {"gpu", "hub", "files", "network", "ray", "time"}  # what a block may be marked with
 CODE = {"python", "bash"}
 DATA = {"text", "json", "jsonl", "toml", "yaml", "nginx"}  # shown, not run
 # Programs of a shell block that a test does not start; their command lines are only split into words.
 NOT_STARTED = {"make", "pip", "git", "docker", "python", "python3", "torchrun", "cd", "export", "source", ".", "sudo"}
-NOT_STARTED |= {"curl", "lm-eval", "nvidia-smi"}
+NOT_STARTED |= {"curl", "lm-eval", "nvidia-smi", "ray", "serve"}
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})([\w-]*)[^\n`]*\n(.*?)^\1\2[ \t]*$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- needs: ([\w, ]+) -->\n\Z")
 

@@ -15,6 +15,7 @@ from doc_blocks import command_lines, command_problem
 from twotower.decoding.unmasking import POLICIES
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+RAY = ("ray_batch",)  # tests/ray_cluster runs it
 TESTED = ("generate", "stream", "batch", "serve_client", "train_on_your_text", "commit_policy")
 Run = Callable[..., str]
 
@@ -45,7 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def test_every_example_is_tested_and_short() -> None:
     paths = sorted(EXAMPLES.glob("*.py"))
-    assert sorted(path.stem for path in paths) == sorted(TESTED)
+    assert sorted(path.stem for path in paths) == sorted(TESTED + RAY)
     assert [path.name for path in paths if path.read_text().count("\n") > 40] == []
 
 

@@ -40,7 +40,7 @@ class ActorSize:
         return int(min(by_cpus, by_gpus))
 
 
-class Node(TypedDict):
+class ClusterNode(TypedDict):
     """What Ray tells about a node."""
 
     NodeID: str
@@ -121,8 +121,8 @@ def connected(*, worker_logs: bool) -> Iterator[None]:
     except Exception as error:  # Ray raises many types; the user needs one line
         address = os.environ.get("RAY_ADDRESS") or "of this machine"
         raise ArgumentError(
-            f"cannot connect to the Ray cluster {address} ({_last_line(error)}); check RAY_ADDRESS, or unset it to "
-            "start one here"
+            f"cannot connect to the Ray cluster {address} ({_last_line(error)}); check RAY_ADDRESS and "
+            "RAY_AUTH_TOKEN, or unset RAY_ADDRESS to start a cluster here"
         ) from None
     try:
         yield
@@ -220,7 +220,7 @@ def nodes_of_cluster() -> int:
     return len(_live_nodes(import_ray("a cluster")))
 
 
-def _live_nodes(ray: ModuleType) -> list[Node]:
+def _live_nodes(ray: ModuleType) -> list[ClusterNode]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
