@@ -48,3 +48,12 @@ def test_work_on_the_host_can_be_left_out() -> None:
         x.sin()
     assert counts.kernels == {"sin": 1}
     assert not counts.host_reads
+
+
+def test_a_device_leaves_out_host_work() -> None:
+    meta = torch.device("meta")
+    with OperationCounts(meta) as counts:
+        host = torch.ones(3).exp().nonzero()
+        host.to(meta).exp()
+    assert counts.kernels == {"_to_copy": 1, "exp": 1}
+    assert not counts.host_reads

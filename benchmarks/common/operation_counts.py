@@ -3,7 +3,7 @@
 The counter works on any device, so it shows what a GPU would be given without one. It counts an operation of torch as
 one kernel; views and allocations count as none. It does not see operations inside an operation (a sort or a fused
 optimizer step may launch several kernels), kernels that are called outside of torch (C++, Triton, CUDA graphs), copies
-from host to device, and `tolist()` of a CPU tensor. A read of a tensor that would lie on the host anyway counts too.
+from host to device, and `tolist()` of a CPU tensor. With a device, it leaves out what has no tensor there: host work.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Their results depend on values, so on CUDA they wait until the device has computed these values.
 HOST_READS = frozenset(
@@ -27,11 +28,13 @@ INDEXING = frozenset(("index", "index_put", "index_put_", "_unsafe_index", "_uns
 class OperationCounts(TorchDispatchMode):
     """Counts in its `with` block.
 
+    device: counts only operations with a tensor on this device; None: all.
     kernels: operations by name. host_reads: those of them, and reads of single numbers, that wait for the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self.device = device
         self.kernels: Counter[str] = Counter()
         self.host_reads: Counter[str] = Counter()
         self._stopped = 0
@@ -52,9 +55,16 @@ class OperationCounts(TorchDispatchMode):
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if not self._stopped:
+        out = func(*args, **(kwargs or {}))
+        if not self._stopped and (self.device is None or self._has((args, out))):
             self._count(func, args)
-        return func(*args, **(kwargs or {}))
+        return out
+
+    def _has(self, values: object) -> bool:
+        """Whether a tensor among nested values is on the device."""
+        found = (leaf.device for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+        assert self.device is not None
+        return any(device.type == self.device.type for device in found)
 
     def _count(self, func: torch._ops.OpOverload, args: Sequence[object]) -> None:
         name = func.overloadpacket.__name__

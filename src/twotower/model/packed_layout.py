@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.model.layer_io import context_visible
+from twotower.ops.host_transfer import send
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import QueryTile
 from twotower.ops.reference.rope import Rotation, rotation
@@ -42,6 +43,20 @@ class Layout:
     prefix: Tensor | None = None
     copies: int = 1
     filler: Tensor | None = None
+
+    def to(self, device: torch.device) -> Layout:
+        """The layout on another device. What values decide the shape of is computed here, where they are."""
+        document = send(self.document, device)
+        chosen, prefix, filler = (part if part is None else send(part, device) for part in self._parts)
+        moved = replace(self, document=document, chosen=chosen, prefix=prefix, filler=filler)
+        if prefix is not None:
+            block, column = (send(part, device) for part in self.adapted_columns)
+            moved.__dict__["adapted_columns"] = block, column
+        return moved
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.chosen, self.prefix, self.filler
 
     @cached_property
     def adapted(self) -> Tensor | None:

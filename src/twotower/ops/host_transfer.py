@@ -25,6 +25,13 @@ def to_device_async(
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, ordered in the device's current stream. The tensor itself if it is there already."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class AsyncHostCopy:
     """Starts a copy of tensors from one device to the host, in a single transfer, without waiting for it.
 

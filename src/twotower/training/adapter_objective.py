@@ -13,21 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.adapters import train_adapters_only
-from twotower.model.packed_layout import Layout
 from twotower.model.tower import Tower
 from twotower.training.alignment import misalignment
-from twotower.training.columns import (
-    TrainedColumns,
-    before_masks,
-    blocks_with_masks,
-    position_weights,
-    trained_columns,
-    wanted_columns,
-)
+from twotower.training.columns import before_masks, blocks_with_masks, position_weights, wanted_columns
 from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import LayerPair, run_unit
 from twotower.training.logits import in_chunks
 from twotower.training.noise import Corruption
+from twotower.training.pass_inputs import PassInputs
 from twotower.training.patterns import draw_masks
 from twotower.training.recipe import ADAPTER_RECIPE, Recipe
 from twotower.training.targets import Examples, log_probabilities, loss_of, target_losses
@@ -77,11 +70,11 @@ class AdapterObjective(nn.Module):
         return 0
 
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
-        """Summed loss in nats, a scalar."""
+        """Summed loss in nats, a scalar. The batch and the noise may be on the host."""
         assert noise is not None
-        wanted = wanted_columns(batch, noise, block_size, 1, gated=True)
-        columns = trained_columns(batch, wanted, 1)
-        hidden, clean, apart = self.hidden(batch, noise, block_size, columns)
+        inputs = self._inputs(batch, noise, block_size)
+        columns = inputs.columns
+        hidden, clean, apart = self.hidden(inputs)
         recipe, mask_token = self.options.recipe, self.options.mask_token_id
         examples = Examples(hidden, clean, columns.token, columns.known, columns.before)
         losses = target_losses(loss_of(recipe.targets, noise), self.tower, self.tower, mask_token, examples)
@@ -90,22 +83,31 @@ class AdapterObjective(nn.Module):
         if apart is not None:
             losses = losses + recipe.alignment * apart
         if recipe.position_decay:
-            losses = losses * position_weights(wanted, block_size, recipe.position_decay)[wanted].to(losses.dtype)
+            losses = losses * inputs.weights.to(losses.dtype)
         return losses.sum()
 
-    def hidden(
-        self, batch: Batch, noise: Corruption, block_size: int, columns: TrainedColumns
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _inputs(self, batch: Batch, noise: Corruption, block_size: int) -> PassInputs:
+        masks, wanted = noise.stacked, wanted_columns(batch, noise, block_size, 1, gated=True)
+        chosen = blocks_with_masks(masks, block_size)
+        return PassInputs.of(
+            batch,
+            noise,
+            chosen,
+            before_masks(masks, chosen, block_size),
+            wanted,
+            position_weights(wanted, block_size, self.options.recipe.position_decay),
+            shift=1,
+            mask_token=self.options.mask_token_id,
+            device=self.embeddings.weight.device,
+        )
+
+    def hidden(self, inputs: PassInputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """→ final hidden states at the trained columns (n, H), of the adapted and of the plain tower; and with
         alignment the mean 1 − cosine (n,) of all layers."""
-        masks = noise.stacked
-        chosen = blocks_with_masks(masks, block_size)
-        prefix = before_masks(masks, chosen, block_size)
-        layout = Layout(batch.document, block_size, chosen, prefix, noise.copies, batch.filler)
-        tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
+        layout, columns = inputs.layout, inputs.columns
         with torch.no_grad():
-            clean = self.tower.embed(batch.tokens)
-        noisy = self.tower.embed(layout.to_blocks(tokens), layout.adapted)
+            clean = self.tower.embed(inputs.tokens)
+        noisy = self.tower.embed(inputs.noisy, layout.adapted)
         apart = []
         for unit in self.units:
             read, noisy = run_unit(unit, self.options.activation_checkpointing, clean, noisy, None, layout)
@@ -121,12 +123,12 @@ class AdapterObjective(nn.Module):
 
         Register this method with `register_fsdp_forward_method`: FSDP then treats it as a forward pass.
         """
-        wanted = wanted_columns(batch, noise, block_size, 1, gated=True)
-        columns = trained_columns(batch, wanted, 1)
-        hidden, clean, _ = self.hidden(batch, noise, block_size, columns)
-        agrees = torch.zeros_like(wanted)
-        pieces = in_chunks(self.tower, hidden, clean, columns.before)
-        agrees[wanted] = torch.cat([self._choice(own, token) == self._choice(plain) for own, plain, token in pieces])
+        inputs = self._inputs(batch, noise, block_size)
+        hidden, clean, _ = self.hidden(inputs)
+        agrees, wanted = (torch.zeros(noise.stacked.masked.shape, dtype=torch.bool, device=clean.device) for _ in "ab")
+        pieces = in_chunks(self.tower, hidden, clean, inputs.columns.before)
+        found = torch.cat([self._choice(own, token) == self._choice(plain) for own, plain, token in pieces])
+        agrees.view(-1)[inputs.columns.at], wanted.view(-1)[inputs.columns.at] = found, True
         return agrees, wanted
 
     def _choice(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:

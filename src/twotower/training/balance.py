@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from twotower.model.moe import Router
+from twotower.ops.reference.routing import selections
 from twotower.training.fsdp import World
 
 NOT_BALANCED = (
@@ -40,7 +41,7 @@ class LoadBalance:
     @staticmethod
     def _count(load: Tensor, module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
         if torch.is_grad_enabled():
-            load += torch.bincount(output[0].flatten(), minlength=len(load))
+            load += selections(output[0], len(load))
 
     def step(self) -> None:
         """Updates the biases from the loads that all processes counted since the last step."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twotower.denoiser_fields import DenoiserConfig
 from twotower.model.packed_layout import Layout
+from twotower.ops.host_transfer import send
 from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.patterns import open_predictions
@@ -29,6 +30,10 @@ class TrainedColumns:
     clean_at: Tensor
     known: Tensor
     before: Tensor
+
+    def to(self, device: torch.device) -> TrainedColumns:
+        parts = (self.at, self.token, self.clean_at, self.known, self.before)
+        return TrainedColumns(*(send(part, device) for part in parts))
 
 
 def trained_columns(batch: Batch, wanted: Tensor, shift: int) -> TrainedColumns:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,10 +38,21 @@ class World:
 
     def total(self, value: float | Tensor) -> float:
         """The sum over all processes, in float64; the same result on every process."""
-        whole = torch.as_tensor(value, dtype=torch.float64).detach().to(self.device).reshape(1)
+        return self.totals([value])[0]
+
+    def totals(self, values: Sequence[float | Tensor], same: Sequence[Tensor] = ()) -> list[float]:
+        """The sums of scalars over all processes, in float64; the same results on every process.
+
+        same: scalars that are equal on every process; they follow, without a sum. The device is read once; values on
+        the host of a single process do not read it.
+        """
+        scalars = [torch.as_tensor(value, dtype=torch.float64).detach().reshape(1) for value in (*values, *same)]
+        on_device = self.size > 1 or any(scalar.device.type != "cpu" for scalar in scalars)
+        whole = torch.cat([scalar.to(self.device) if on_device else scalar for scalar in scalars])
         if self.size > 1:
-            dist.all_reduce(whole)
-        return float(whole)
+            dist.all_reduce(whole[: len(values)])
+        found: list[float] = whole.tolist()
+        return found
 
     def barrier(self) -> None:
         if self.size > 1:

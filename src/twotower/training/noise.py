@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import ArgumentError
+from twotower.ops.host_transfer import send
 from twotower.training.data.batch import Batch
 
 LOWEST_NOISE = 1e-3
@@ -33,7 +34,7 @@ class Corruption:
     on_policy: bool = False
 
     def to(self, device: torch.device) -> Corruption:
-        return self._each(lambda part: part.to(device))
+        return self._each(lambda part: send(part, device))
 
     def rows(self, part: slice) -> Corruption:
         return self._each(lambda whole: whole[part])

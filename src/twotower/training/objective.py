@@ -16,6 +16,7 @@ from twotower.model.adapters import train_adapters_only
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.packed_layout import Layout
 from twotower.model.tower import Tower
+from twotower.ops.host_transfer import send
 from twotower.training.alignment import misalignment
 from twotower.training.columns import (
     TrainedColumns,
@@ -24,13 +25,13 @@ from twotower.training.columns import (
     inside_blocks,
     next_tokens,
     position_weights,
-    trained_columns,
     wanted_columns,
 )
 from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import AutoregressiveLayer, LayerPair, pair_layers, run_pair, run_unit
 from twotower.training.logits import negative_log_likelihood
 from twotower.training.noise import Corruption, NoiseScope
+from twotower.training.pass_inputs import NextTokens, PassInputs
 from twotower.training.patterns import draw_masks
 from twotower.training.recipe import AS_RELEASED, Recipe
 from twotower.training.targets import Examples, Targets, loss_of, target_losses
@@ -85,12 +86,13 @@ class AutoregressiveObjective(nn.Module):
 
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
         """Summed loss in nats, a scalar."""
-        layout = Layout(batch.document, block_size)
-        x = self.tower.embed(batch.tokens)
+        device = self.embeddings.weight.device
+        layout, wanted = Layout(batch.document, block_size).to(device), NextTokens.of(batch, self.prompt_loss, device)
+        x = self.tower.embed(send(batch.tokens, device))
         for unit in self.units:
             x = run_unit(unit, self.activation_checkpointing, x, layout)
-        wanted = next_tokens(batch, self.prompt_loss)
-        return negative_log_likelihood(self.tower, self.norm_f(x[:, :-1][wanted]), batch.tokens[:, 1:][wanted]).sum()
+        hidden = self.norm_f(x.flatten(0, 1)[wanted.at])
+        return negative_log_likelihood(self.tower, hidden, wanted.token).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,20 +194,20 @@ class DenoisingObjective(nn.Module):
         return int(next_tokens(batch).sum()) if self.options.ar_weight else 0
 
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
-        """Summed loss in nats, a scalar."""
+        """Summed loss in nats, a scalar. The batch and the noise may be on the host."""
         assert noise is not None
-        wanted = self._wanted(batch, noise, block_size)
-        columns = trained_columns(batch, wanted, self.options.shift)
-        hidden, clean, apart = self._streams(batch, noise, block_size, columns)
-        losses = self._losses(loss_of(self.options.recipe.targets, noise), hidden[wanted], clean, columns)
+        inputs = self._inputs(batch, noise, block_size)
+        hidden, clean, apart = self._streams(inputs, aligned=True)
+        own = hidden.flatten(0, 1)[inputs.columns.at]
+        losses = self._losses(loss_of(self.options.recipe.targets, noise), own, clean, inputs.columns)
         if noise.on_policy:
             return losses.sum()
         if apart is not None:
             losses = losses + self.options.recipe.alignment * apart
         if self.options.elbo:
-            losses = losses / noise.t.repeat_interleave(block_size, 1)[wanted]
+            losses = losses / inputs.levels
         if self.options.recipe.position_decay:
-            losses = losses * self._weights(wanted, block_size)[wanted].to(losses.dtype)
+            losses = losses * inputs.weights.to(losses.dtype)
         loss = losses.sum()
         if self.options.ar_weight:
             # The ratio makes the weight relative to the mean denoising loss, however many positions are masked.
@@ -216,17 +218,17 @@ class DenoisingObjective(nn.Module):
 
     def denoise(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
         """→ −ln p (N,) of the true tokens at trained columns, row by row; and the context tower's residual stream."""
-        wanted = self._wanted(batch, noise, block_size)
-        tokens = trained_columns(batch, wanted, self.options.shift).token
-        hidden, clean, _ = self._streams(batch, noise, block_size)
-        return negative_log_likelihood(self.denoiser, hidden[wanted], tokens), clean
+        inputs = self._inputs(batch, noise, block_size)
+        hidden, clean, _ = self._streams(inputs)
+        own = hidden.flatten(0, 1)[inputs.columns.at]
+        return negative_log_likelihood(self.denoiser, own, inputs.columns.token), clean
 
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
         """→ the denoiser's final hidden states (copies·B, S, H), and the context tower's residual stream (B, S, H).
 
         The hidden states of blocks without a masked position are 0.
         """
-        return self._streams(batch, noise, block_size)[:2]
+        return self._streams(self._inputs(batch, noise, block_size))[:2]
 
     def with_hidden(
         self, batch: Batch, noise: Corruption, block_size: int, function: Callable[[Tensor, Tensor], Result]
@@ -237,25 +239,35 @@ class DenoisingObjective(nn.Module):
         """
         return function(*self.hidden(batch, noise, block_size))
 
-    def _streams(
-        self, batch: Batch, noise: Corruption, block_size: int, columns: TrainedColumns | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """→ the results of `hidden`; and with alignment the mean 1 − cosine (n,) of all layers, at these columns."""
-        masks = noise.stacked
+    def _inputs(self, batch: Batch, noise: Corruption, block_size: int) -> PassInputs:
+        masks, wanted = noise.stacked, self._wanted(batch, noise, block_size)
         chosen = blocks_with_masks(masks, block_size)
-        prefix = self._prefix(masks, chosen, block_size)
-        layout = Layout(batch.document, block_size, chosen, prefix, noise.copies, batch.filler)
-        change = self._modulations(masks, layout)
+        return PassInputs.of(
+            batch,
+            noise,
+            chosen,
+            self._prefix(masks, chosen, block_size),
+            wanted,
+            self._weights(wanted, block_size),
+            shift=self.options.shift,
+            mask_token=self.options.mask_token_id,
+            device=self.embeddings.weight.device,
+        )
+
+    def _streams(self, inputs: PassInputs, aligned: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """→ the results of `hidden`; and if `aligned`, with alignment the mean 1 − cosine (n,) of all layers."""
+        layout = inputs.layout
+        change = self._modulations(inputs.t)
         # The embeddings have no name here, so that they are freed as soon as no layer needs them.
-        clean, noisy, apart = self._run_units(self._embed(batch, masks, layout), change, layout, columns)
+        columns = inputs.columns if aligned else None
+        clean, noisy, apart = self._run_units(self._embed(inputs), change, layout, columns)
         return layout.to_rows(self.norm_f(noisy)), clean, torch.stack(apart).mean(0) if apart else None
 
-    def _embed(self, batch: Batch, masks: Corruption, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _embed(self, inputs: PassInputs) -> tuple[Tensor, Tensor]:
         """Both residual streams before the first layer."""
         with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
-            clean = self.context.embed(batch.tokens)
-        tokens = layout.repeat(batch.tokens).masked_fill(masks.masked, self.options.mask_token_id)
-        return clean, self.denoiser.embed(layout.to_blocks(tokens), layout.adapted)
+            clean = self.context.embed(inputs.tokens)
+        return clean, self.denoiser.embed(inputs.noisy, inputs.layout.adapted)
 
     def _run_units(
         self,
@@ -284,9 +296,9 @@ class DenoisingObjective(nn.Module):
         return target_losses(targets, self.denoiser, self.context, mask_token, examples)
 
     def _next_token_loss(self, batch: Batch, clean: Tensor) -> Tensor:
-        wanted = next_tokens(batch)
-        hidden = self.context_norm_f(clean[:, :-1][wanted])
-        return negative_log_likelihood(self.context, hidden, batch.tokens[:, 1:][wanted]).sum()
+        wanted = NextTokens.of(batch, True, clean.device)
+        hidden = self.context_norm_f(clean.flatten(0, 1)[wanted.at])
+        return negative_log_likelihood(self.context, hidden, wanted.token).sum()
 
     def _wanted(self, batch: Batch, noise: Corruption, block_size: int) -> Tensor:
         wanted = wanted_columns(batch, noise, block_size, self.options.shift)
@@ -305,8 +317,8 @@ class DenoisingObjective(nn.Module):
     def _weights(self, wanted: Tensor, block_size: int) -> Tensor:
         return position_weights(wanted, block_size, self.options.recipe.position_decay)
 
-    def _modulations(self, masks: Corruption, layout: Layout) -> Sequence[Modulation | None]:
+    def _modulations(self, t: Tensor) -> Sequence[Modulation | None]:
         if self.time is None or not self.options.time:
             return [None] * self.denoiser.spec.num_layers
-        changes: Sequence[Modulation | None] = self.time(layout.select_blocks(masks.t.flatten()))
+        changes: Sequence[Modulation | None] = self.time(t)
         return changes

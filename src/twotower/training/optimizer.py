@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,18 +67,25 @@ class ShardedAdamW:
 
     def gradient_norm(self) -> float:
         """The norm of the gradient over all processes. Call once a step, after the last backward pass."""
+        return self.read_with_norm([])[1]
+
+    def read_with_norm(self, values: Sequence[Tensor]) -> tuple[list[float], float]:
+        """The sums of scalars over all processes, and the norm of the gradient, with one read of the device.
+
+        Call once a step, after the last backward pass.
+        """
         sum_replicated_gradients(self.replicated, self.world)
-        parts = [local(p.grad) for p in self.parts if p.grad is not None]
-        square = self.world.total(_square(parts))
-        norm: float = float(square + _square([p.grad for p in self.replicated if p.grad is not None])) ** 0.5
-        return norm
+        own = squared_norm([local(p.grad) for p in self.parts if p.grad is not None], self.world.device)
+        replicated = squared_norm([p.grad for p in self.replicated if p.grad is not None], self.world.device)
+        *found, square, further = self.world.totals([*values, own], [replicated])
+        norm: float = (square + further) ** 0.5
+        return found, norm
 
     def step(self, lr: float, norm: float) -> None:
         """Clips the gradients, whose norm is `norm`, makes one update, and clears the gradients."""
         if self.clip and norm > self.clip:
-            for p in [*self.parts, *self.replicated]:
-                if p.grad is not None:
-                    local(p.grad).mul_(self.clip / norm)
+            grads = [local(p.grad) for p in (*self.parts, *self.replicated) if p.grad is not None]
+            torch._foreach_mul_(grads, self.clip / norm)
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.step()
@@ -98,7 +106,8 @@ class ShardedAdamW:
         return state
 
 
-def _square(parts: list[Tensor]) -> Tensor:
-    """The squared norm of all tensors together, a float64 scalar."""
-    norms = [torch.linalg.vector_norm(part).double() for part in parts]
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
+def squared_norm(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The squared norm of all tensors together, a float64 scalar. On a GPU, one operation for all norms."""
+    if not parts:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(parts)).double().square().sum()

@@ -122,5 +122,5 @@ def log_probabilities(tower: Tower, hidden: Tensor, mask_token: int, before: Ten
     logits = upcast(tower.logits(hidden))
     if tower.draft_head is not None and before is not None:
         logits = logits + upcast(tower.draft_head(before))
-    mask = torch.tensor([mask_token], device=logits.device)
+    mask = torch.full((1,), mask_token, device=logits.device)
     return logits.index_fill(-1, mask, BARRED).log_softmax(-1)

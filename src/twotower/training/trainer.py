@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from twotower.errors import ArgumentError, TwoTowerError
@@ -166,11 +167,12 @@ def _step(
     parts: list[tuple[Batch, Corruption | None]] = [(batch, noise)]
     if more_rows is not None and (found := more_rows(step, batch)) is not None:
         parts.append(found)
-    counts = [world.total(objective.targets(*part)) for part in parts]
-    ratio = counts[0] / max(world.total(objective.ar_targets(batch)), 1.0)
-    shares = [_accumulate(options, objective, world, *part, size, ratio, max(sum(counts), 1.0)) for part in parts]
-    losses = [world.total(share) for share in shares]
-    loss, norm = sum(losses), optimizer.gradient_norm()
+    known = [objective.targets(*part) for part in parts], objective.ar_targets(batch), batch.text.sum()
+    *counts, ar_count, tokens = world.totals([*known[0], *known[1:]])
+    ratio = counts[0] / max(ar_count, 1.0)
+    shares = [_accumulate(options, objective, *part, size, ratio, max(sum(counts), 1.0)) for part in parts]
+    losses, norm = optimizer.read_with_norm(shares)
+    loss = sum(losses)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad()
         raise _not_finite(options, loss, norm, step)
@@ -180,7 +182,7 @@ def _step(
         "step": step + 1,
         "loss": loss,
         "targets": round(sum(counts)),
-        "tokens": int(world.total(batch.text.sum())),
+        "tokens": int(tokens),
         "lr": lr,
         "grad_norm": norm,
         "block_size": size,
@@ -193,23 +195,24 @@ def _step(
 def _accumulate(
     options: TrainerOptions,
     objective: Objective,
-    world: World,
     batch: Batch,
     noise: Corruption | None,
     block_size: int,
     ratio: float,
     divisor: float,
-) -> float:
-    """Adds the gradients of a batch, micro-batch by micro-batch → its summed loss / divisor on this process."""
+) -> Tensor:
+    """Adds the gradients of a batch, micro-batch by micro-batch → its summed loss / divisor on this process, float64.
+
+    The batch stays on the host: its masks decide the shapes of a pass. The loss stays on the device.
+    """
     size = block_size if noise is None else batch.tokens.shape[1] // noise.t.shape[1]
     micro = options.micro_batch_size or len(batch)
-    loss = 0.0
+    loss = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(batch), micro):
         part = slice(start, start + micro)
-        noisy = None if noise is None else noise.rows(part).to(world.device)
-        share = objective(batch.rows(part).to(world.device), noisy, size, ratio) / divisor
+        share = objective(batch.rows(part), None if noise is None else noise.rows(part), size, ratio) / divisor
         share.backward()
-        loss += float(share.detach())
+        loss = share.detach().double() if start == 0 else loss + share.detach().double()
     return loss
 
 

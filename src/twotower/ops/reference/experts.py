@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.ops.reference.activation import activate
+from twotower.ops.reference.routing import selections
 from twotower.specs import Activation
 
 Packed = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -144,7 +145,7 @@ def experts_grouped(
 def group_pairs(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """The (token, expert) pairs, numbered token by token, grouped by expert (T·k,), and the end of each group (E,)."""
     flat = topk_ids.flatten()
-    return flat.argsort(stable=True), F.one_hot(flat, experts).sum(0).cumsum(0).to(torch.int32)
+    return flat.argsort(stable=True), selections(flat, experts).cumsum(0).to(torch.int32)
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

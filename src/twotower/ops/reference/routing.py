@@ -47,3 +47,8 @@ def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) ->
     if rule.normalise:
         topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
     return topk_ids, topk_weights * rule.factor
+
+
+def selections(topk_ids: Tensor, experts: int) -> Tensor:
+    """Expert ids, any shape → how often each expert is selected (E,). Unlike `bincount`, the host reads nothing."""
+    return (topk_ids.flatten()[:, None] == torch.arange(experts, device=topk_ids.device)).sum(0)

@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from twotower.ops.host_transfer import send
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -44,7 +46,7 @@ class Batch:
         return len(self.index)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._each(lambda whole: whole.to(device, non_blocking=True))
+        return self._each(lambda whole: send(whole, torch.device(device)))
 
     def rows(self, rows: slice) -> Batch:
         """A slice of the rows: a micro-batch."""

@@ -186,14 +186,14 @@ def _measure_tail(
 
     def forward() -> tuple[Tensor]:
         x = _stream(shape, stream)
-        every = torch.empty(shape[0] * shape[1], dtype=torch.long, device="meta")
+        every, at = (torch.empty(shape[0] * shape[1], dtype=torch.long, device="meta") for _ in range(2))
         if isinstance(objective, DenoisingObjective) and not recipe.targets.teacher:
-            hidden = objective.norm_f(x).flatten(0, 1).index_select(0, every)
+            hidden = objective.norm_f(x).flatten(0, 1).index_select(0, at)
             return (negative_log_likelihood(tower, hidden, every).sum(),)
         if isinstance(objective, AdapterObjective):
-            hidden = objective.norm_f(x.flatten(0, 1).index_select(0, every))
+            hidden = objective.norm_f(x.flatten(0, 1).index_select(0, at))
         else:
-            hidden = objective.norm_f(x).flatten(0, 1).index_select(0, every)
+            hidden = objective.norm_f(x).flatten(0, 1).index_select(0, at)
         examples = Examples(hidden, torch.empty_like(hidden), every, torch.empty_like(every, dtype=torch.bool), every)
         return (target_losses(recipe.targets, tower, tower, 0, examples).sum(),)
 
