@@ -1,11 +1,15 @@
 """What does a training step cost, and what does each part of the design contribute?
 
     python benchmarks/train.py step [--device cuda] [--dtype bfloat16] [--quick] [--json]
+    python benchmarks/train.py counts [--rows 4] [--row-length 512] [--json]
     python benchmarks/train.py ablations DATA OUT [--steps 1200] [--seed 1 --seed 2] [--only NAME …]
 
 step: a training step of the denoiser, and one of adapters of rank 32, against an autoregressive step of the same
 backbone on the same tokens. The steps (forward, backward, AdamW) take turns in one process; the ratios are of medians.
 Memory is what autograd keeps between forward and backward, without parameters, for one row of 4,096 tokens.
+
+counts: kernels that a pass launches on a GPU, and reads that make the host wait, on tensors without storage
+(`common/training_counts.py`).
 
 ablations: a backbone of about a million parameters is trained once on dialogues and the suite's problems. Each
 variation then trains a denoiser from it for the same number of steps, and is measured on the same held-out text: masked
@@ -23,7 +27,7 @@ from typing import Any
 
 import click
 import torch
-from common import ablations
+from common import ablations, training_counts
 from common.models import BLOCK
 from common.program import DIRECTORY, JSON, QUICK, THREADS, publish, start
 from common.timing import TimedCall, interleaved
@@ -31,6 +35,7 @@ from rich.table import Table
 
 from twotower.config import TwoTowerConfig
 from twotower.evaluation.machine import device_facts
+from twotower.families.nemotron_h import spec_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.nemotron_h_fields import NemotronHFields
 from twotower.recipes.small import SHAPE
@@ -55,13 +60,10 @@ def shapes() -> dict[str, NemotronHFields]:
     return {"bundled": bundled, "ten times": large}
 
 
-def batch_for(
-    objective: Any, rows: int, length: int, vocabulary: int, device: torch.device
-) -> tuple[Batch, Corruption | None]:
-    """Rows and their noise, which is drawn on the CPU, on a device."""
+def batch_for(objective: Any, rows: int, length: int, vocabulary: int) -> tuple[Batch, Corruption | None]:
+    """Rows and their noise, on the host as in training: a pass computes its indices there."""
     batch = packed(rows, length, vocabulary)
-    noise = objective.draw_noise(batch, BLOCK)
-    return batch.to(device), noise and noise.to(device)
+    return batch, objective.draw_noise(batch, BLOCK)
 
 
 def packed(rows: int, length: int, vocabulary: int) -> Batch:
@@ -148,13 +150,13 @@ def measure(
     for activation_checkpointing in (False, True):
         made = objectives(shape, world, dtype, activation_checkpointing)
         for kind, objective in made.items():
-            long, noise = batch_for(objective, 1, kept_length, shape.vocab_size, world.device)
+            long, noise = batch_for(objective, 1, kept_length, shape.vocab_size)
             result["kept_bytes"][f"{kind}{' activation checkpointing' if activation_checkpointing else ''}"] = (
                 kept_bytes(objective, long, noise)
             )
         runs = {}
         for kind, objective in made.items():
-            given = batch_for(objective, rows, length, shape.vocab_size, world.device)
+            given = batch_for(objective, rows, length, shape.vocab_size)
             optimizer = ShardedAdamW(objective, world, 0.1, 1.0)
             runs[kind] = TimedCall(lambda o=objective, p=optimizer, given=given: step(o, p, *given))
         times = interleaved(runs, world.device, repeats, warm_up=1)
@@ -224,6 +226,30 @@ def step_costs(
     facts = {"machine": device_facts(world.device, compute), "block_size": BLOCK, "results": results}
     publish("train step", facts, [table_of_steps(results)], as_json)
     fsdp.stop()
+
+
+@main.command("counts")
+@click.option("--rows", default=4, show_default=True)
+@click.option("--row-length", default=512, show_default=True)
+@QUICK
+@JSON
+def kernel_counts(rows: int, row_length: int, quick: bool, as_json: bool) -> None:
+    """Kernels that a training pass of the bundled shape launches on a GPU, and reads of the GPU. Needs none."""
+    start(1)
+    if quick:
+        rows, row_length = 1, 64
+    shape = shapes()["bundled"]
+    batch, spec = packed(rows, row_length, shape.vocab_size), spec_of(shape)
+    table, results = Table("objective", "dtype", "forward", "backward", "norm", "reads of the GPU"), []
+    for kind in OBJECTIVES:
+        for dtype in (torch.bfloat16, torch.float32):
+            objective = training_counts.objective_without_storage(kind, spec, dtype)
+            found = training_counts.count_pass(objective, batch, BLOCK)
+            name, reads = str(dtype).removeprefix("torch."), sum(found.host_reads().values())
+            results.append({"objective": kind, "dtype": name, "kernels": found.kernels(), "reads": reads})
+            table.add_row(kind, name, *map(str, found.kernels().values()), str(reads))
+    facts = {"rows": rows, "row_length": row_length, "torch": torch.__version__, "results": results}
+    publish("train counts", facts, [table], as_json)
 
 
 @main.command("ablations")

@@ -81,7 +81,7 @@ def losses(world: fsdp.World, kind: str, dtype: torch.dtype) -> list[float]:
     """Nats a token of the first steps of the bundled shape. Weights and noise are drawn on the CPU."""
     shape = train.shapes()["bundled"]
     objective = train.objectives(shape, world, dtype, False, (kind,))[kind]
-    batch, noise = train.batch_for(objective, ROWS, LENGTH, shape.vocab_size, world.device)
+    batch, noise = train.batch_for(objective, ROWS, LENGTH, shape.vocab_size)
     optimizer, found = ShardedAdamW(objective, world, 0.1, 1.0), []
     for _ in range(STEPS):
         loss = objective(batch, noise, BLOCK) / batch.tokens.numel()
@@ -149,7 +149,7 @@ def objective_of(setting: Setting, world: fsdp.World, shape: str, kind: str) -> 
 
 def speed(world: fsdp.World, objective: Any, vocabulary: int, rows: int, length: int, seconds: float) -> Figures:
     """A training step: forward, backward, clipping and AdamW."""
-    batch, noise = train.batch_for(objective, rows, length, vocabulary, world.device)
+    batch, noise = train.batch_for(objective, rows, length, vocabulary)
     optimizer, cuda = ShardedAdamW(objective, world, 0.1, 1.0), world.device.type == "cuda"
     found: Figures = timed(
         lambda: train.step(objective, optimizer, batch, noise),

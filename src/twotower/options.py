@@ -56,12 +56,18 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
+TRAINING_ATTENTION = ("grouped", "padded", "stacked", "repeated")
 CPU_TARGETS = ("native", "avx512_bf16", "avx512", "avx2", "none")
 SWITCH = Kind(allowed="0 or 1", parse=_one_of({"0": False, "1": True}), fits=lambda value: isinstance(value, bool))
 TARGET = Kind(
     allowed=", ".join(CPU_TARGETS),
     parse=_one_of(dict(zip(CPU_TARGETS, CPU_TARGETS, strict=True))),
     fits=lambda value: value in CPU_TARGETS,
+)
+FORM = Kind(
+    allowed=", ".join(TRAINING_ATTENTION),
+    parse=_one_of(dict(zip(TRAINING_ATTENTION, TRAINING_ATTENTION, strict=True))),
+    fits=lambda value: value in TRAINING_ATTENTION,
 )
 COMMAND = Kind(
     allowed="a command or a path",
@@ -113,6 +119,20 @@ class Options:
         default=True,
         metadata=_variable(
             "TWOTOWER_GRAPHS", SWITCH, "Whether passes on a CUDA device are captured and replayed as CUDA graphs."
+        ),
+    )
+    training_attention: str = field(
+        default="grouped",
+        metadata=_variable(
+            "TWOTOWER_TRAINING_ATTENTION",
+            FORM,
+            "How training calls torch's attention, which decides its kernel on a GPU; see `docs/training.md`.",
+        ),
+    )
+    training_compile: bool = field(
+        default=False,
+        metadata=_variable(
+            "TWOTOWER_TRAINING_COMPILE", SWITCH, "Whether training compiles Mamba-2 layers with `torch.compile`."
         ),
     )
     pack: bool = field(

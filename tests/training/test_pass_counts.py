@@ -53,7 +53,7 @@ def test_a_pass_reads_nothing_from_the_device_and_launches_no_more_kernels(kind:
     """The weights have no storage, so a read of a value that depends on them would raise an error."""
     counts, train = parts
     spec = bundled_spec()
-    batch = train.packed(4, 512, spec.vocab_size, torch.device("cpu"))
+    batch = train.packed(4, 512, spec.vocab_size)
     objective = counts.objective_without_storage(kind, spec, torch.bfloat16)
     found = counts.count_pass(objective, batch, BLOCK)
     print(kind, found.kernels())

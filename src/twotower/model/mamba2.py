@@ -12,8 +12,16 @@ from twotower.cache.layer_cache import MambaCache
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
-from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, convolve, gate_and_norm, split
-from twotower.ops.reference.ssd import final_state, pass_states, ssd_block, ssd_chunked
+from twotower.ops.compiled import maybe_compiled
+from twotower.ops.reference.mamba_block import (
+    MambaStepInputs,
+    MambaWeights,
+    convolve,
+    gate_and_norm,
+    scan_blocks,
+    split,
+)
+from twotower.ops.reference.ssd import ssd_chunked
 from twotower.ops.registry import select
 from twotower.specs import Mamba2Spec, TowerSpec
 
@@ -73,7 +81,8 @@ class Mamba2(nn.Module):
         projected, weights = self.project(hidden), self.weights
         window, state = (None, None) if past is None else past
         if hidden.shape[1] <= self.spec.chunk_size:
-            block = select("mamba_block", projected.device, projected.dtype).function
+            backend = select("mamba_block", projected.device, projected.dtype)
+            block = backend.function if backend.compiled else maybe_compiled(backend.function)
             mixed, kept = block(projected, meta.token_mask, window, state, weights, keep_step_inputs)
             return self.out_proj(mixed), kept
         z, xBC, dt, log_decay = split(projected, meta.token_mask, weights)
@@ -91,16 +100,10 @@ class Mamba2(nn.Module):
         Returns the output (B, S, H) and a `MambaCache` of B·blocks rows.
         """
         weights = self.weights
-        z, xBC, dt, log_decay = split(self.project(hidden), token_mask, weights)
-        blocks = starts_document.shape[1]
-        window = windows(xBC).flatten(0, 1)
-        xBC, dt, log_decay, z = (v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay, z))
-        inputs, C = convolve(xBC, window, dt, log_decay, weights)
-        added = final_state(inputs.x, inputs.dt, inputs.log_decay, inputs.B, None).unflatten(0, (-1, blocks))
-        decays = inputs.log_decay.sum(1).unflatten(0, (-1, blocks))
-        before = pass_states(added, decays, None, starts_document).flatten(0, 1)
-        y = ssd_block(inputs.x, inputs.dt, inputs.log_decay, inputs.B, C, before)
-        return self.out_proj(gate_and_norm(y, inputs.x, z, weights)).view_as(hidden), MambaCache(window, before)
+        parts = maybe_compiled(split)(self.project(hidden), token_mask, weights)
+        window = windows(parts[1]).flatten(0, 1)
+        mixed, before = maybe_compiled(scan_blocks)(*parts, window, starts_document, weights)
+        return self.out_proj(mixed).view_as(hidden), MambaCache(window, before)
 
     @property
     def weights(self) -> MambaWeights:

@@ -13,7 +13,7 @@ from torch import Tensor
 from twotower.model.layer_io import context_visible
 from twotower.ops.host_transfer import send
 from twotower.ops.precision import accumulation_dtype
-from twotower.ops.reference.attention import QueryTile
+from twotower.ops.reference.attention_tiles import QueryTile
 from twotower.ops.reference.rope import Rotation, rotation
 from twotower.specs import RopeSpec
 

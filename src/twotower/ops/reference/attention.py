@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from twotower import options as environment
 from twotower.ops.precision import upcast
+from twotower.ops.reference.attention_tiles import QueryTile, tile_attention, with_padded_keys
 from twotower.ops.reference.kv_write import slot_indices
 
 
@@ -178,18 +179,6 @@ def final_scores(products: Tensor, head_dim: int, options: AttentionOptions) -> 
     return torch.where(scores == -torch.inf, scores, options.softcap * torch.tanh(scores / options.softcap))
 
 
-class QueryTile(NamedTuple):
-    """Queries lo…hi of a long sequence, and the keys from `first` on.
-
-    mask (B, 1, hi − lo, keys): the keys each query attends to, at least one.
-    """
-
-    lo: int
-    hi: int
-    mask: Tensor
-    first: int = 0
-
-
 def tiled_attention(
     q: Tensor,
     k: Tensor,
@@ -201,18 +190,20 @@ def tiled_attention(
     """Attention of whole sequences, one fused call per tile of queries → (B, Hq, S, D).
 
     q (B, Hq, S, D); k, v (B, Hkv, S, D). The keys of a tile are k[first:hi], followed by own[lo:hi] if `own` keys and
-    values of the same shape are given. The masks contain the window.
+    values of the same shape are given. The masks contain the window. The option `training_attention` chooses the form
+    of the calls (`tile_attention`).
     """
+    choice = environment.current().training_attention
     outs = []
-    for lo, hi, mask, first in tiles:
-        keys, values = k[:, :, first:hi], v[:, :, first:hi]
+    for tile in tiles:
+        lo, hi, mask, first = tile if choice != "padded" else with_padded_keys(tile, k.shape[2])
+        end = hi if choice != "padded" else first + mask.shape[3] - (0 if own is None else hi - lo)
+        keys, values = k[:, :, first:end], v[:, :, first:end]
         if own is not None:
             keys, values = (torch.cat([a, b[:, :, lo:hi]], dim=2) for a, b in zip((keys, values), own, strict=True))
-        part, grouped = q[:, :, lo:hi], q.shape[1] != k.shape[1]
+        part = q[:, :, lo:hi]
         if options.softcap is None:
-            out = F.scaled_dot_product_attention(
-                part, keys, values, attn_mask=mask, scale=options.scale, enable_gqa=grouped
-            )
+            out = tile_attention(part, keys, values, mask, options.scale, choice)
         else:
             out = block_attention(part, keys, values, mask[:, 0], options=options)
         outs.append(out)

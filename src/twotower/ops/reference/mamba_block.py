@@ -21,7 +21,7 @@ from torch import Tensor
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.conv import causal_conv
 from twotower.ops.reference.kv_write import write_slots
-from twotower.ops.reference.ssd import final_state, ssd_block
+from twotower.ops.reference.ssd import final_state, pass_states, ssd_block
 from twotower.specs import GateNorm
 
 
@@ -152,6 +152,29 @@ def convolve(
     x = x.unflatten(-1, (weights.heads, weights.head_dim))
     B, C = (v.unflatten(-1, (weights.n_groups, weights.state_size)) for v in (B, C))
     return MambaStepInputs(xBC, x, dt, log_decay, B), C
+
+
+def scan_blocks(
+    z: Tensor,
+    xBC: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    window: Tensor,
+    starts_document: Tensor,
+    weights: MambaWeights,
+) -> tuple[Tensor, Tensor]:
+    """The results of `split` over packed rows (B, S, …) → mixed (B·blocks, L, H·P), and the states before each block.
+
+    window (B·blocks, K−1, C): before each block; starts_document (B, blocks): blocks that start from zero state.
+    """
+    blocks = starts_document.shape[1]
+    xBC, dt, log_decay, z = (v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay, z))
+    inputs, C = convolve(xBC, window, dt, log_decay, weights)
+    added = final_state(inputs.x, inputs.dt, inputs.log_decay, inputs.B, None).unflatten(0, (-1, blocks))
+    decays = inputs.log_decay.sum(1).unflatten(0, (-1, blocks))
+    before = pass_states(added, decays, None, starts_document).flatten(0, 1)
+    y = ssd_block(inputs.x, inputs.dt, inputs.log_decay, inputs.B, C, before)
+    return gate_and_norm(y, inputs.x, z, weights), before
 
 
 def gate_and_norm(y: Tensor, x: Tensor, z: Tensor, weights: MambaWeights) -> Tensor:
