@@ -449,7 +449,10 @@ def test_what_is_refused(
     one = cli("export", two, "--to", "one-tower", "-o", out, "--dtype", "f32")
     assert_one_line_error(one, "--dtype is for --to gguf")
     assert_one_line_error(cli(*command(tmp_path / "nowhere", out)), "no such directory")
+    assert_one_line_error(cli(*command(tmp_path / "model.gguf", out)), "no such directory")
+    (tmp_path / "model.gguf").touch()
     assert_one_line_error(cli(*command(tmp_path / "model.gguf", out)), "is a GGUF file already")
+    (tmp_path / "model.gguf").unlink()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gguf", None)
         assert_one_line_error(cli(*command(two, out)), "needs the package `gguf`", "pip install")

@@ -61,7 +61,7 @@ def open_context(source: str | Path, use: str) -> ContextTower:
     Raises:
         ConfigError, CheckpointError: the source is no valid checkpoint of one or two towers, or is quantised.
     """
-    if str(source).endswith(gguf_file.SUFFIX):
+    if str(source).endswith(gguf_file.SUFFIX) and Path(source).exists():
         raise CheckpointError(f"{source}: is a GGUF file already; give the checkpoint that it was made of")
     origin = resolve_source(source, {})
     if one_tower_model.is_one_tower(origin):

@@ -114,8 +114,15 @@ def export_onnx(
         parameters=sum(weight.numel() for weight in model.parameters()),
         bytes=total,
         files=tuple(graph.file for graph in graphs),
-        notes=() if model.has_denoiser else ("the source is an autoregressive model, so there is no denoiser pass",),
+        notes=tuple(_notes(model, origin, tokenizer)),
     )
+
+
+def _notes(model: TwoTowerModel, origin: Path, tokenizer: Tokenizer | None) -> Iterator[str]:
+    if not model.has_denoiser:
+        yield "the source is an autoregressive model, so there is no denoiser pass"
+    if not origin.is_dir() and tokenizer is None:
+        yield "transformers does not read the tokenizer of this GGUF file, so none is written"
 
 
 def _check(origin: Path) -> None:
