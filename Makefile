@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow test-clients test-llamacpp test-onnx test-ray browser check docs backbone-table clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow test-clients test-llamacpp test-onnx test-ray test-vllm browser check docs backbone-table clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -57,6 +57,21 @@ build/ray/.installed: pyproject.toml constraints.txt
 	rm -rf build/ray
 	$(PYTHON) -m venv build/ray
 	build/ray/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	@touch $@
+
+# Two-tower checkpoints in vLLM on a CPU, by the plugin of integrations/vllm. build/vllm gets 3.5 GB of packages.
+# VLLM_PYTHON=PYTHON uses a Python that has the packages of tests/vllm_plugin/requirements.txt. Some need no build of
+# torch for a CPU, and do not load beside one; they are removed again.
+VLLM_PYTHON ?= build/vllm/bin/python
+VLLM_BUILD := $(if $(filter build/vllm/bin/python,$(VLLM_PYTHON)),build/vllm/.installed)
+test-vllm: .venv/.installed-dev $(VLLM_BUILD)
+	VLLM_PYTHON="$(abspath $(VLLM_PYTHON))" $(BIN)/python -m pytest tests/vllm_plugin -s
+
+build/vllm/.installed: tests/vllm_plugin/requirements.txt
+	rm -rf build/vllm
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --quiet --disable-pip-version-check -r tests/vllm_plugin/requirements.txt
+	build/vllm/bin/pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec torchvision
 	@touch $@
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.

@@ -26,7 +26,7 @@ CODE = {"python", "bash"}
 DATA = {"text", "json", "jsonl", "toml", "yaml", "nginx"}  # shown, not run
 # Programs of a shell block that a test does not start; their command lines are only split into words.
 NOT_STARTED = {"make", "pip", "git", "docker", "python", "python3", "torchrun", "cd", "export", "source", ".", "sudo"}
-NOT_STARTED |= {"curl", "lm-eval", "nvidia-smi", "ray", "serve"}
+NOT_STARTED |= {"curl", "lm-eval", "nvidia-smi", "ray", "serve", "vllm"}
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})([\w-]*)[^\n`]*\n(.*?)^\1\2[ \t]*$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- needs: ([\w, ]+) -->\n\Z")
 

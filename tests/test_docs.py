@@ -20,10 +20,11 @@ from twotower.options import table_rows
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "src/twotower/assets/small/README.md"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), CARD]
+PLUGIN = ROOT / "integrations/vllm/README.md"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), CARD, PLUGIN]
 SOURCES = [path for folder in ("src", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
-FILES = ["/" + path.relative_to(ROOT).as_posix() for folder in ("src", "tests", "benchmarks", "tools", "examples")
-         for path in (ROOT / folder).rglob("*.*")]  # fmt: skip
+FOLDERS = ("src", "tests", "benchmarks", "tools", "examples", "integrations")
+FILES = ["/" + path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 FILE = re.compile(r"(?<![\w./*{-])((?:[\w-]+/)*[\w-]+\.py)\b(?!\()")
 MODULE = re.compile(r"(?<![\w./-])twotower(?:\.[A-Za-z_]\w*)+(?!\w*/)")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

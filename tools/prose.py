@@ -159,7 +159,9 @@ def relative(path: Path) -> str:
 
 def documents() -> list[Path]:
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found += [*sorted(SOURCE.rglob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
+    found += [
+        path for folder in (SOURCE, ROOT / "integrations", ROOT / "tests") for path in sorted(folder.rglob("*.md"))
+    ]
     return [path for path in found if path.exists()]
 
 
@@ -369,7 +371,7 @@ def shares(sentences: Iterable[Sentence]) -> list[Share]:
 
 
 def sources() -> list[Path]:
-    folders = [SOURCE, *(ROOT / name for name in ("benchmarks", "examples", "tests", "tools"))]
+    folders = [SOURCE, *(ROOT / name for name in ("benchmarks", "examples", "integrations", "tests", "tools"))]
     return [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in {".py", *COMMENTED}]
 
 

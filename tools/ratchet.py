@@ -1,4 +1,4 @@
-"""Measures src and compares each figure with its limit in `ratchet.toml`. `make check` runs it.
+"""Measures src and integrations, and compares each figure with its limit in `ratchet.toml`. `make check` runs it.
 
 A limit may only be lowered. A figure above its limit fails; with --strict-lower, a figure below its limit fails too.
 """
@@ -19,6 +19,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 LIMITS = HERE / "ratchet.toml"
 SOURCE = HERE.parent / "src"
+SOURCES = (SOURCE, HERE.parent / "integrations")
 LONG_FILE = 350  # lines
 
 # The remedy for a figure above its limit.
@@ -82,7 +83,7 @@ def functions(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFuncti
 
 def spots_of(file: Path) -> Iterator[tuple[str, Spot]]:
     """Yields the contributions of one file: the name of a figure, and a spot."""
-    source, place = file.read_text(encoding="utf-8"), str(file.relative_to(SOURCE.parent))
+    source, place = file.read_text(encoding="utf-8"), str(file.relative_to(HERE.parent))
     tree, said = ast.parse(source), list(comments(source))
     yield "any", Spot(any_uses(tree), place)
     yield "type_ignore", Spot(sum("type: ignore" in comment for comment in said), place)
@@ -98,7 +99,7 @@ def spots_of(file: Path) -> Iterator[tuple[str, Spot]]:
 
 def source_figures() -> dict[str, Figure]:
     found: dict[str, list[Spot]] = {name: [] for name in REMEDIES if name not in IMPORTS}
-    for file in sorted(SOURCE.rglob("*.py")):
+    for file in (file for source in SOURCES for file in sorted(source.rglob("*.py"))):
         for name, spot in spots_of(file):
             found[name].append(spot)
     figures = {}
