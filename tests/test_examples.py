@@ -51,12 +51,16 @@ def test_every_example_is_tested_and_short() -> None:
 
 
 def test_the_commands_of_your_own_model_are_valid() -> None:
-    """They take ten minutes, so they are parsed, not run."""
+    """They take minutes, so they are parsed, not run. No prompt of the measurement is trained on."""
     lines = list(command_lines((EXAMPLES / "own_model.sh").read_text("utf-8")))
     own = [line for line in lines if line.startswith("twotower ")]
-    assert [line.split()[1] for line in own] == ["init", "generate-data", "train", "curves"]
-    assert [command_problem(line) for line in own] == [None] * 4
-    assert (EXAMPLES / "own_model_prompts.jsonl").exists()
+    assert [line.split()[1] for line in own] == ["init", "generate-data", "train", "curves", "bench"]
+    assert [command_problem(line) for line in own] == [None] * 5
+    prompts, tests = (
+        (EXAMPLES / f"own_model_{name}.jsonl").read_text("utf-8").splitlines() for name in ("prompts", "tests")
+    )
+    assert not set(prompts) & set(tests)
+    assert len(tests) >= 20 == int(own[-1].split("--batches ")[1].split()[0])
 
 
 def test_generate(run: Run) -> None:

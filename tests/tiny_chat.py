@@ -83,5 +83,6 @@ def two_towers(name: str = "llama", *options: str) -> Path:
 def _two_towers(name: str, *options: str) -> Path:
     source = backbone(name)
     target = source.with_name(f"{source.name}-two{''.join(options)}")
-    assert run_cli(["init", "--from", str(source), "-o", str(target), "--mask-token", "<mask>", *options]) == 0
+    kind = () if "--denoiser-lora" in options else ("--denoiser", "tower")
+    assert run_cli(["init", "--from", str(source), "-o", str(target), "--mask-token", "<mask>", *kind, *options]) == 0
     return target

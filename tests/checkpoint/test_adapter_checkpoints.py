@@ -146,14 +146,20 @@ def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
 
 def test_init_and_info_describe_adapters(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
     source, two = made
-    refused = cli("init", "--from", source, "-o", two.parent / "other", "--draft-head", "4")
+    refused = cli("init", "--from", source, "-o", two.parent / "other", "--denoiser", "tower", "--draft-head", "4")
     assert refused.code == 2
     assert "draft_head is 4, and the denoiser is a second tower" in refused.err
-    done = cli("init", "--from", source, "-o", two.parent / "other", "--denoiser-lora", "4", "--mask-token", "3")
-    assert done.code == 0, done.err
-    assert "one tower of" in done.out
-    assert "adapters of rank 4" in done.out
-    assert "two towers" not in done.out
+    for options, rank in ((("--denoiser-lora", "4"), 4), ((), 16), (("--denoiser", "adapters"), 16)):
+        where = ("-o", two.parent / f"rank-{rank}", "--overwrite")
+        done = cli("init", "--from", source, *where, "--mask-token", "3", *options)
+        assert done.code == 0, done.err
+        assert "one tower of" in done.out
+        assert f"adapters of rank {rank}" in done.out
+        assert "two towers" not in done.out
+    for options in (("--denoiser", "tower"), ("--denoiser-layers", "every:2")):
+        done = cli("init", "--from", source, "-o", two.parent / "tower", "--overwrite", "--mask-token", "3", *options)
+        assert done.code == 0, done.err
+        assert "adapters" not in done.out
     page = cli("info", two)
     assert page.code == 0, page.err
     assert "one network in memory" in page.out
@@ -228,13 +234,18 @@ def test_a_plan_of_adapters(made: tuple[Path, Path], cli: Callable[..., Result])
     assert_one_line_error(cli("train", made[1], "--plan", "--tie"), "adapters", "frozen context tower")
 
 
+TOWER = ("--denoiser", "tower")
 CHOICES = {
     "shift": (
-        ("--prediction-shift", "1", "--block-attention", "prefix_causal"),
+        (*TOWER, "--prediction-shift", "1", "--block-attention", "prefix_causal"),
         DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
         ("prediction shift 1: each output", "prefix-causal attention:"),
     ),
-    "first": (("--first-from-ar",), DenoiserConfig(first_from_ar=True), ("chooses the first token of each block",)),
+    "first": (
+        (*TOWER, "--first-from-ar"),
+        DenoiserConfig(first_from_ar=True),
+        ("chooses the first token of each block",),
+    ),
     "everywhere": (
         ("--denoiser-lora", "4", "--adapter-gate", "everywhere", "--prediction-shift", "1"),
         DenoiserConfig(prediction_shift=1, adapters=AdapterConfig(4, "everywhere")),
@@ -273,9 +284,11 @@ def test_init_writes_choices_and_info_shows_them(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--adapter-gate", "everywhere"), "adapter_gate is 'everywhere', and the denoiser is a second tower"),
-        (("--denoiser-lora", "4", "--prediction-shift", "0"), "need prediction_shift 1 and block_attention"),
-        (("--first-from-ar", "--prediction-shift", "1"), "first_from_ar needs prediction_shift 0"),
+        ((*TOWER, "--adapter-gate", "everywhere"), "adapter_gate is 'everywhere', and the denoiser is a second tower"),
+        (("--prediction-shift", "0"), "need prediction_shift 1 and block_attention"),
+        ((*TOWER, "--first-from-ar", "--prediction-shift", "1"), "first_from_ar needs prediction_shift 0"),
+        ((*TOWER, "--denoiser-lora", "4"), "--denoiser is tower, and --denoiser-lora makes adapters"),
+        ((*TOWER, "--adapters", "x"), "--denoiser is tower, and --adapters makes adapters"),
     ],
 )
 def test_choices_that_exclude_each_other_are_one_line(

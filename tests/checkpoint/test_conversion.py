@@ -437,7 +437,7 @@ def test_mask_token(source: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def cli(cli: Callable[..., Result]) -> Callable[..., Result]:
-    return partial(cli, "init")
+    return partial(cli, "init", "--denoiser", "tower")
 
 
 def test_command(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:

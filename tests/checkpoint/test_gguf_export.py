@@ -422,7 +422,7 @@ def test_command(two: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     facts = json.loads(cli(*command("bundled/small", tmp_path / "small", "--json")).out)
     assert facts["files"] == ["small-f16.gguf", "Modelfile"]
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["Modelfile", "small-f16.gguf"]
-    back = cli("init", "--from", tmp_path / "small/small-f16.gguf", "-o", tmp_path / "again")
+    back = cli("init", "--from", tmp_path / "small/small-f16.gguf", "-o", tmp_path / "again", "--denoiser", "tower")
     assert_one_line_error(back, "layers have experts of different widths", "original checkpoint")
 
 

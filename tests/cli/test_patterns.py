@@ -44,7 +44,7 @@ def test_init_and_info_print_it(tmp_path: Path, cli: Callable[..., Result]) -> N
     options = {"num_hidden_layers": 30, "hidden_size": 8, "intermediate_size": 8, "head_dim": 4}
     hf_model("llama", options=BASE | options).save_pretrained(tmp_path / "ar")
     save_tokenizer(tmp_path / "ar", "<mask>", mask_token="<mask>")
-    made = cli("init", "--from", tmp_path / "ar", "-o", tmp_path / "two")
+    made = cli("init", "--from", tmp_path / "ar", "-o", tmp_path / "two", "--denoiser", "tower")
     assert '(60 layers: 30 × "*-"), time' in made.out
     shown = cli("info", tmp_path / "two")
     assert '30 × "*-"' in shown.out

@@ -32,7 +32,7 @@ def two_towers(name: str) -> Path:
     options = SHAPES[name] | {"vocab_size": tiny_run.VOCABULARY, "initializer_range": 0.05}
     AutoModelForCausalLM.from_config(hf_config(name, options)).save_pretrained(folder / "ar")
     tiny_run.tokenizer().save_pretrained(folder / "ar")
-    assert run_cli(["init", "--from", str(folder / "ar"), "-o", str(folder / "two")]) == 0
+    assert run_cli(["init", "--from", str(folder / "ar"), "-o", str(folder / "two"), "--denoiser", "tower"]) == 0
     return folder / "two"
 
 

@@ -76,7 +76,8 @@ def test_the_result_has_the_layout_of_its_source(name: str, tmp_path: Path) -> N
     assert losses[-3:].mean() < losses[:3].mean()
     model = AutoModelForCausalLM.from_pretrained(run / "model").eval()
     assert type(model) is type(AutoModelForCausalLM.from_pretrained(source))
-    assert run_cli(["init", "--from", str(run / "model"), "-o", str(tmp_path / "two"), "--mask-token", "<mask>"]) == 0
+    options = ["--mask-token", "<mask>", "--denoiser", "tower"]
+    assert run_cli(["init", "--from", str(run / "model"), "-o", str(tmp_path / "two"), *options]) == 0
     two = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     ids = tokenizer.apply_chat_template(tiny_chat.chats(3)[2]["messages"], return_tensors="pt")["input_ids"]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from twotower.checkpoint.convert import ConversionResult
     from twotower.evaluation.feed_forward import TextFeedForward
 
+KINDS = ("adapters", "tower")
+RANK = 16  # of adapters, unless one is given
 GATES = ("masks", "everywhere")
 BLOCK_ATTENTIONS = ("full", "prefix_causal")
 
@@ -35,10 +37,17 @@ BLOCK_ATTENTIONS = ("full", "prefix_causal")
     "token, a row of the embedding beyond the tokenizer, or an unused special token; for Nemotron-H id 3]",
 )
 @click.option(
+    "--denoiser",
+    "kind",
+    type=click.Choice(KINDS),
+    help="adapters: low-rank adapters on the context tower. tower: a second tower, as in the released model. "
+    "[default: adapters; tower with options of a second tower]",
+)
+@click.option(
     "--denoiser-lora",
     metavar="R",
     type=click.IntRange(1),
-    help="Rank of adapters on the context tower, which are the denoiser. [default: the denoiser is a second tower]",
+    help=f"Rank of the adapters. [default: {RANK}]",
 )
 @click.option(
     "--draft-head",
@@ -110,6 +119,7 @@ def init(
     source: str,
     output: Path,
     mask_token: str | None,
+    kind: str | None,
     denoiser_lora: int | None,
     denoiser_layers: str | None,
     denoiser_feed_forward: str | None,
@@ -123,18 +133,20 @@ def init(
     as_json: bool,
     **choices: object,
 ) -> None:
-    """Make a two-tower checkpoint from a one-tower checkpoint.
+    """Add a denoiser to an autoregressive model.
 
-    The source is a checkpoint of a supported family: Nemotron-H, Llama, Qwen and others. Both towers
-    start as copies of the source. The time conditioning starts as the identity, so the untrained denoiser
-    computes what the source computes. With --denoiser-lora there is no second tower: the denoiser is the source itself
-    with low-rank adapters, which start without an effect. With --denoiser-layers the second tower has some of the
-    source's layers. With --denoiser-feed-forward it has fewer experts, or an MLP instead. Tensors are copied one at a
-    time, so a model of any size needs little memory.
+    The source is a checkpoint of a supported family: Nemotron-H, Llama, Qwen and others. It becomes the context tower.
+    The denoiser is the source itself with low-rank adapters, which start without an effect: one network in memory, and
+    only adapters are trained. With --denoiser tower it is a second tower, as in the released model, which starts as a
+    copy of the source; the time conditioning starts as the identity, so the untrained denoiser computes what the source
+    computes. With --denoiser-layers the second tower has some of the source's layers. With --denoiser-feed-forward it
+    has fewer experts, or an MLP instead. Tensors are copied one at a time, so a model of any size needs little memory.
 
     A mask stands for a token that is not known yet. The mask token must be one that no text contains. The command
     prints its choice and the reason, and config.json keeps it.
     """
+    of_a_tower = bool(denoiser_layers or denoiser_feed_forward or calibration)
+    denoiser_lora = _rank(kind, denoiser_lora, adapters, of_a_tower)
     with models.status("reading …"):
         from twotower.checkpoint.convert import convert
         from twotower.checkpoint.denoiser_choices import DenoiserChoices
@@ -165,6 +177,19 @@ def init(
     directory = shlex.quote(str(made.directory))
     use = f"train {directory} --data PATH -o RUN" if adapters is None else f"serve --model {directory}"
     click.secho(f"next: twotower {use}", err=True, dim=True)
+
+
+def _rank(kind: str | None, given: int | None, adapters: str | None, of_a_tower: bool) -> int | None:
+    """The rank of new adapters; None for a second tower, and for adapters of a file.
+
+    of_a_tower: whether there are options that only a second tower has.
+    """
+    if given is None and adapters is None:
+        return RANK if kind == "adapters" or (kind is None and not of_a_tower) else None
+    if kind == "tower":
+        option = "--denoiser-lora" if adapters is None else "--adapters"
+        raise click.UsageError(f"--denoiser is tower, and {option} makes adapters; leave one of them out")
+    return given
 
 
 def _calibration(data: tuple[str, ...], tokens: int) -> TextFeedForward | None:

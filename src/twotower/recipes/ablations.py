@@ -48,7 +48,7 @@ class Variant:
 
 def tower(*init: str, train: tuple[str, ...] = ("--recipe", "both"), seed: int = SEED) -> Variant:
     """A second tower as the denoiser."""
-    return Variant(init, train, TOWER_RATES, seed)
+    return Variant(("--denoiser", "tower", *init), train, TOWER_RATES, seed)
 
 
 SHIFTED = ("--prediction-shift", "1", "--block-attention", "prefix_causal")

@@ -151,10 +151,11 @@ def stages(data: Path, out: Path, steps: dict[str, int], processes: int) -> list
 
     continuations, model = out / "continuations.jsonl", out / "model"
     runs = {stage: out / stage for stage in ("backbone", "denoiser", "longer")}
+    start = ["--from", str(out / "backbone/model"), "--denoiser", "tower"]
     return [
         RecipeStage("text", out / "hard.jsonl", lambda: write_text(out)),
         trained("backbone", data / "train.jsonl.gz", PRETRAIN, "pretrain", "--config", str(out / "shape.json")),
-        RecipeStage("start", out / "start", ["init", "--from", str(out / "backbone/model"), "-o", str(out / "start")]),
+        RecipeStage("start", out / "start", ["init", *start, "-o", str(out / "start")]),
         RecipeStage("continuations", continuations, lambda: write_continuations(data, out, processes)),
         trained("denoiser", continuations, TRAIN, "train", str(out / "start")),
         trained("longer", continuations, LONGER, "train", str(out / "denoiser/model")),
