@@ -115,6 +115,18 @@ def without_weights(source: Path | str) -> TwoTowerForCausalLM:
     return model
 
 
+def check_source(source: Path | str) -> None:
+    """Checks, without weights, that a checkpoint of either kind can be found from this machine.
+
+    Raises:
+        CheckpointError: there is no such directory or file, or the hub has no such model.
+    """
+    from twotower.checkpoint.source import resolve_source
+
+    if not Path(source).is_file():  # a GGUF file, or an error when it is read
+        resolve_source(source, {}, weights=False)
+
+
 def same_dtype(model: TwoTowerForCausalLM, dtype: str, on_cpu: bool) -> str:
     """The dtype that "auto" means on every machine of a cluster, whatever memory is free there.
 

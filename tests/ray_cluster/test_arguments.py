@@ -69,6 +69,15 @@ def test_options_that_cannot_work_are_one_line(
 
 
 @pytest.mark.usefixtures("no_ray")
+def test_a_model_that_is_not_there_is_found_before_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "no/such/model: no such directory"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    assert_one_line_error(failed(capsys, "serve", "--replicas", "2", "-m", "no/such/model", "--port", port), said)
+
+
+@pytest.mark.usefixtures("no_ray")
 def test_the_application_without_ray() -> None:
     import click
 
@@ -114,6 +123,7 @@ def test_workers_get_the_variables_of_this_package_without_secrets() -> None:
 
 def test_last_line_of_a_traceback() -> None:
     assert last_line("Traceback\n  File\nValueError: it is wrong\n\n") == "ValueError: it is wrong"
+    assert last_line("Traceback\ntwotower.errors.CheckpointError: no such model") == "no such model"
     assert last_line("") == ""
 
 

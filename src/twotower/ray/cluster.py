@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -235,4 +236,4 @@ def _last_line(error: BaseException) -> str:
 def last_line(text: str) -> str:
     """The last line of a message that has a traceback, which is the error itself."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return re.sub(r"^twotower\.errors\.\w+: ", "", lines[-1]) if lines else ""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from twotower.errors import ArgumentError, TwoTowerError
+from twotower.model_loading import check_source, source_of
 from twotower.ray.builder import check_suited, named_gpus
 from twotower.ray.cluster import (
     ActorSize,
@@ -44,6 +45,7 @@ def run_replicas(
         TwoTowerError: Ray is not installed, the cluster has no room, or a replica cannot start.
     """
     check_suited(options)
+    check_source(source_of(options.model))
     serve = import_ray("--replicas", "ray.serve")
     with connected(worker_logs=True):
         _check_no_serve()
