@@ -96,6 +96,8 @@ def check_figures(measured: dict[str, dict[str, dict[str, Any]]]) -> None:
     compared = [one for what, one in training.items() if "beside a CPU's losses" in what]
     assert [one["verdict"] for one in compared] == ["agrees"] * 3
     assert all(one["last"] < one["first"] for one in compared)
+    for form in ("", ", training_attention padded", ", training_attention repeated"):
+        assert training[f"steps of bundled, denoiser, 1 rows of 32{form}"]["tokens/s"] > 0
     run = training["a run, killed and resumed"]
     assert run["kept steps equal"]
     assert run["ended after"] > run["resumed after"] >= 2
