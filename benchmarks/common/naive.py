@@ -40,7 +40,7 @@ class NaiveDenoiser:
                 k, v, _ = past.dense(self.config.num_key_value_heads)
                 self.past.append(KeyValue(k[:, :, :length].clone(), v[:, :, :length].clone()))
             elif isinstance(past, MambaCache):
-                self.past.append(MambaCache(past.conv_window.clone(), past.ssm_state.clone()))
+                self.past.append(MambaCache(*(part.clone() for part in past.gathered())))
             else:
                 self.past.append(None)
 

@@ -27,11 +27,19 @@ STORED = KeyValue(torch.empty(0), torch.empty(0))  # stands for those that the p
 class MambaCache(NamedTuple):
     """The state of a Mamba-2 or gated DeltaNet layer at one position of the text.
 
-    conv_window: (B, K−1, C), the last K−1 raw convolution inputs, oldest first. ssm_state: (B, H, P, N).
+    conv_window: (R, K−1, C), the last K−1 raw convolution inputs, oldest first. ssm_state: (R, H, P, N). slots: (B,),
+    where the rows of a pass are in them; None: R = B, all rows in order.
     """
 
     conv_window: Tensor
     ssm_state: Tensor
+    slots: Tensor | None = None
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Window (B, K−1, C) and state (B, H, P, N) of the rows of the pass."""
+        if self.slots is None:
+            return self.conv_window, self.ssm_state
+        return self.conv_window[self.slots], self.ssm_state[self.slots]
 
 
 class ParallelCache(NamedTuple):

@@ -127,15 +127,9 @@ class CacheSnapshot:
 
     @property
     def nbytes(self) -> int:
-        pairs = [pair for group in self.keys for pair in group] + self.states
-        return sum(part.nbytes for pair in pairs for part in pair)
-
-
-def mamba_cache(pool: MambaPool, rows: Tensor | None) -> MambaCache:
-    """The Mamba cache of all rows, or of the given slots (B,)."""
-    if rows is None:
-        return MambaCache(pool.conv_window, pool.ssm_state)
-    return MambaCache(pool.conv_window[rows], pool.ssm_state[rows])
+        keys = [part for group in self.keys for pair in group for part in pair]
+        states = [part for state in self.states for part in state.gathered()]
+        return sum(part.nbytes for part in keys + states)
 
 
 def copy_to_layout(pool: Tensor, old: KVSlots, new: KVSlots, rows: Tensor | None = None) -> Tensor:

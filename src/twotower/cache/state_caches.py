@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from twotower.cache.kv_group import KVGroup
-from twotower.cache.layer_cache import LayerCache, ParallelCache
-from twotower.cache.pools import AttentionPool, MambaPool, Pool, mamba_cache
+from twotower.cache.layer_cache import LayerCache, MambaCache, ParallelCache
+from twotower.cache.pools import AttentionPool, MambaPool, Pool
 from twotower.ops.reference.attention import CachedKV
 
 
@@ -74,7 +74,7 @@ class StateCaches(Sequence[LayerCache]):
             for layer, cached in group.caches(self.rows, self.lengths, state.context_width):
                 past[layer] = cached
         for layer, mamba in state.mamba_pools:
-            keys, own = past[layer], mamba_cache(mamba, self.rows)
+            keys, own = past[layer], MambaCache(mamba.conv_window, mamba.ssm_state, self.rows)
             past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
         return past if self.layers is None else [past[layer] for layer in self.layers]
 

@@ -105,7 +105,7 @@ class GatedDeltaNet(nn.Module):
         self, hidden: Tensor, past: MambaCache | None, meta: AttentionMetadata, keep_step_inputs: bool = True
     ) -> tuple[Tensor, MambaStepInputs | None]:
         """As `Mamba2.forward`."""
-        window, state = (None, None) if past is None else past
+        window, state = (None, None) if past is None else past.gathered()
         projected = self.project(hidden, meta.token_mask)
         inputs = self.recurrence(projected, window, meta.token_mask)
         y, written = delta_rule(inputs, state, self.spec.chunk_size)

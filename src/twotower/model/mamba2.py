@@ -79,12 +79,13 @@ class Mamba2(nn.Module):
         The state after any prefix of the pass can be computed from the step inputs.
         """
         projected, weights = self.project(hidden), self.weights
-        window, state = (None, None) if past is None else past
         if hidden.shape[1] <= self.spec.chunk_size:
             backend = select("mamba_block", projected.device, projected.dtype)
             block = backend.function if backend.compiled else maybe_compiled(backend.function)
-            mixed, kept = block(projected, meta.token_mask, window, state, weights, keep_step_inputs)
+            window, state, slots = (None, None, None) if past is None else past
+            mixed, kept = block(projected, meta.token_mask, window, state, weights, keep_step_inputs, slots)
             return self.out_proj(mixed), kept
+        window, state = (None, None) if past is None else past.gathered()
         z, xBC, dt, log_decay = split(projected, meta.token_mask, weights)
         kept, C = convolve(xBC, window, dt, log_decay, weights)
         y, _ = ssd_chunked(kept.x, kept.dt, kept.log_decay, kept.B, C, state, self.spec.chunk_size)

@@ -45,12 +45,13 @@ RELEASED_SIZES = Sizes(heads=64, groups=8, width=64, state=128, taps=4)
 def mamba_block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """A block and a single token; rows of different lengths, one empty; each row starts from its own state.
 
-    Also a norm before the gate, and no norm.
+    Also a norm before the gate, and no norm, with rows in other slots.
     """
 
     def arguments(norm: GateNorm) -> tuple[object, ...]:
         *inputs, weights = mamba_block_arguments(ODD_SIZES, 5, device, dtype)
-        return *inputs, weights._replace(norm=norm, norm_weight=None if norm == "none" else weights.norm_weight), True
+        weights = weights._replace(norm=norm, norm_weight=None if norm == "none" else weights.norm_weight)
+        return *inputs, weights, True, torch.tensor((2, 0, 1), device=device)
 
     others: tuple[GateNorm, ...] = ("before_gate", "none")
     cases = _mamba_cases(device, lambda sizes, length: (*mamba_block_arguments(sizes, length, device, dtype), True))

@@ -108,7 +108,7 @@ def denoise(
 def without_states(view: ContextView) -> ContextView:
     """The view with the Mamba states set to zero, as if there were no text before the block."""
     past = [
-        MambaCache(*(torch.zeros_like(part) for part in layer)) if isinstance(layer, MambaCache) else layer
+        MambaCache(*map(torch.zeros_like, layer.gathered())) if isinstance(layer, MambaCache) else layer
         for layer in view.past
     ]
     return ContextView(past, view.lengths, view.long)

@@ -25,7 +25,7 @@ from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.ops.reference import int4, int8, integer
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.kv_write import AppendPositions, TensorPair
-from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
+from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs, in_slots
 from twotower.ops.reference.norm import Order
 from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.specs import Activation, GateNorm
@@ -251,9 +251,11 @@ def mamba_block(
     state: Tensor | None,
     weights: MambaWeights,
     keep_step_inputs: bool = True,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `ops.reference.mamba_block.mamba_block`."""
     projected = projected.contiguous()
+    window, state = in_slots(window, slots), in_slots(state, slots)
     rows, length = projected.shape[:2]
     mixed = projected.new_empty(rows, length, weights.inner)
     kept = None

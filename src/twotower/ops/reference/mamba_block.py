@@ -96,18 +96,25 @@ def mamba_block(
     state: Tensor | None,
     weights: MambaWeights,
     keep_step_inputs: bool = True,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """A Mamba-2 mixer between its projections, over one block.
 
-    projected (B, L, H·P + C + H); token_mask (B, L): False at padding (None: no padding); window (B, K−1, C) and state
-    (B, H, P, N): before the block (None: zeros).
+    projected (B, L, H·P + C + H); token_mask (B, L): False at padding (None: no padding); window (R, K−1, C) and state
+    (R, H, P, N): before the block (None: zeros), of row b in slot slots[b] (slots None: R = B, slot b).
 
     Returns mixed (B, L, H·P) in projected's dtype, and the step inputs, or None unless `keep_step_inputs`.
     """
+    window, state = in_slots(window, slots), in_slots(state, slots)
     z, xBC, dt, log_decay = split(projected, token_mask, weights)
     kept, C = convolve(xBC, window, dt, log_decay, weights)
     y = ssd_block(kept.x, kept.dt, kept.log_decay, kept.B, C, state)
     return gate_and_norm(y, kept.x, z, weights), kept if keep_step_inputs else None
+
+
+def in_slots(pool: Tensor | None, slots: Tensor | None) -> Tensor | None:
+    """The rows of a pool at `slots` (B,), or the pool itself."""
+    return pool if pool is None or slots is None else pool[slots]
 
 
 def state_update(
@@ -116,11 +123,13 @@ def state_update(
     """Advances the states in slots `rows` (B,) by the first `accepted` (B,) tokens of the step inputs.
 
     conv_window (R, K−1, C) and ssm_state (R, H, P, N) are the pools. The slots are distinct; rows None: R = B, slot b
-    is row b. Returns the updated pools: changed in place if `rows` is given, new tensors otherwise and under autograd.
-    Without autograd, a backend may update in place in both cases.
+    is row b. Returns the updated pools: changed in place, new tensors under autograd.
     """
     if rows is None:
-        return _updated(conv_window, ssm_state, inputs, accepted)
+        new = _updated(conv_window, ssm_state, inputs, accepted)
+        if torch.is_grad_enabled():
+            return new
+        return conv_window.copy_(new[0]), ssm_state.copy_(new[1])  # pools keep their addresses, for CUDA graphs
     window, state = _updated(conv_window[rows], ssm_state[rows], inputs, accepted)
     return write_slots(conv_window, rows, window), write_slots(ssm_state, rows, state)
 

@@ -22,9 +22,12 @@ def exceeds_one_program(length: int, size: int) -> bool:
     return not any(size <= largest and length <= tokens for largest, tokens in MAX_BLOCKS)
 
 
-def head_tile(width: int, size: int) -> int:
-    """The rows of a head's state (P, N) that are computed at once; the rows do not depend on each other."""
-    return min(tile_of(width), MAX_STATE // tile_of(size))
+def head_tile(width: int, size: int, tokens: int) -> int:
+    """The rows of a head's state (P, N) that are computed at once; the rows do not depend on each other.
+
+    With more than 32 tokens half as many, because the tokens take registers too.
+    """
+    return min(tile_of(width), MAX_STATE // tile_of(size) // (1 if tokens <= 32 else 2))
 
 
 def tile_of(size: int) -> int:

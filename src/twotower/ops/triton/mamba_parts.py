@@ -1,4 +1,4 @@
-"""Parts of the Mamba-2 kernel: convolution, time step, the scan of one head, the gate, the norm of a group of heads.
+"""Parts of the Mamba-2 kernel: convolution, time step, the scan of one head, the gate.
 
 Importing this module needs Triton.
 """
@@ -40,6 +40,7 @@ def conv_silu(
     tokens,
     channels,
     live,
+    stored,
     HAS_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -49,8 +50,8 @@ def conv_silu(
 ):
     """SiLU of the convolution, for some channels → (tokens, channels).
 
-    Pointers are at the row's first token; live: which channels exist. Each tap reloads the tile shifted by one token,
-    from the cache after the first tap.
+    Pointers are at the row's first token; live: which channels exist; stored: whether this program stores their inputs.
+    Each tap reloads the tile shifted by one token, from the cache after the first tap.
     """
     total = tl.zeros([tokens.shape[0], channels.shape[0]], dtype=tl.float32)
     for k in tl.static_range(TAPS):
@@ -66,7 +67,7 @@ def conv_silu(
             tile = tl.where((source < 0)[:, None], seen.to(tile.dtype), tile)
         if KEEP_STEP_INPUTS and HAS_MASK and k == TAPS - 1:
             at = kept_xBC + tokens[:, None] * CONV_DIM + channels[None, :]
-            tl.store(at, tile, mask=(tokens < length)[:, None] & live[None, :])
+            tl.store(at, tile, mask=(tokens < length)[:, None] & live[None, :] & stored)
         tap = tl.load(conv_weight + channels * TAPS + k, mask=live, other=0.0).to(tl.float32)
         total += tile.to(tl.float32) * tap[None, :]
     if HAS_BIAS:
@@ -121,40 +122,3 @@ def gate(projected, token_stride, tokens, columns, exists):
     """SiLU of z, for some columns → (tokens, columns)."""
     z = tl.load(projected + tokens[:, None] * token_stride + columns[None, :], mask=exists, other=0.0)
     return silu(z.to(tl.float32))
-
-
-@triton.jit
-def group_norm(
-    unnormed,
-    mixed,
-    norm_weight,
-    projected,
-    token_stride,
-    length,
-    squares,
-    eps,
-    group,
-    NORM: tl.constexpr,
-    INNER: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDTH_TILE: tl.constexpr,
-):
-    """RMSNorm over the heads of a group, gated afterwards if NORM is "before_gate".
-
-    squares (TOKENS,): sums of squares. Pointers are at the row's first token.
-    """
-    PARTS: tl.constexpr = (WIDTH + WIDTH_TILE - 1) // WIDTH_TILE
-    tokens, p = tl.arange(0, TOKENS), tl.arange(0, WIDTH_TILE)
-    scale = tl.rsqrt(squares / (HEADS_PER_GROUP * WIDTH) + eps)
-    for i in range(HEADS_PER_GROUP * PARTS):
-        in_head = i % PARTS * WIDTH_TILE + p
-        of_head = in_head < WIDTH
-        exists = (tokens < length)[:, None] & of_head[None, :]
-        columns = (group * HEADS_PER_GROUP + i // PARTS) * WIDTH + in_head
-        y = tl.load(unnormed + tokens[:, None] * INNER + columns[None, :], mask=exists, other=0.0)
-        y *= scale[:, None] * tl.load(norm_weight + columns, mask=of_head, other=0.0).to(tl.float32)[None, :]
-        if NORM == "before_gate":
-            y *= gate(projected, token_stride, tokens, columns, exists)
-        tl.store(mixed + tokens[:, None] * INNER + columns[None, :], y.to(mixed.dtype.element_ty), mask=exists)

@@ -9,6 +9,7 @@ module needs Triton.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,7 +46,8 @@ def state_update(
     assert conv_window.is_contiguous(), "a pool is contiguous"
     assert ssm_state.is_contiguous(), "a pool is contiguous"
     xBC, x, B = (contiguous_from(v, 2) for v in (inputs.xBC, inputs.x, inputs.B))
-    width_tile = head_tile(width, size)
+    exact = conv_window.dtype == torch.float32  # exact products take registers
+    width_tile = head_tile(width, size, length if exact else 1)
     head_programs = heads * triton.cdiv(width, width_tile)
     grid = (batch, head_programs + (triton.cdiv(channels, WINDOW_CHANNELS) if taps > 1 else 0))
     with device_guard(ssm_state):
@@ -74,7 +76,7 @@ def state_update(
             TAPS_TILE=triton.next_power_of_2(max(taps - 1, 1)),
             CHANNELS_TILE=WINDOW_CHANNELS,
             PRECISION=dot_precision(conv_window.dtype),
-            num_warps=4,
+            num_warps=8 if length > 1 and exact else 4,
         )
     return conv_window, ssm_state
 
