@@ -40,7 +40,9 @@ def texts(model: TwoTowerForCausalLM, prompts: list[list[int]], mode: str, n: in
 
 
 def idle(model: TwoTowerForCausalLM) -> TowerState | None:
-    return model.workspace._idle
+    states = model.workspace._idle
+    assert len(states) <= 1
+    return states[0] if states else None
 
 
 # --- the idle state ---------------------------------------------------------------------------------------------------
@@ -73,6 +75,23 @@ def test_a_state_of_another_shape_is_dropped(model: TwoTowerForCausalLM) -> None
     state = idle(model)
     assert state is not None
     assert state.rows == 2
+
+
+def test_a_gpu_keeps_the_states_of_several_shapes(model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs read pools in place; engines of shapes that alternate get the same pools again."""
+    monkeypatch.setattr(workspace, "idle_limits", lambda device: (2, 1 << 30))
+    texts(model, [SHORT], "ar")
+    texts(model, [SHORT, SHORT], "ar")
+    first = list(model.workspace._idle)
+    assert [state.rows for state in first] == [1, 2]
+    for prompts in ([SHORT], [SHORT, SHORT]):
+        texts(model, prompts, "ar")
+    assert list(map(id, model.workspace._idle)) == list(map(id, first))
+    monkeypatch.setattr(workspace, "idle_limits", lambda device: (2, first[0].nbytes))
+    texts(model, [SHORT], "ar")
+    assert model.workspace._idle == [first[0]]
+    model.workspace.free_memory()
+    assert not model.workspace._idle
 
 
 def test_an_idle_state_keeps_nothing_of_its_last_pass(model: TwoTowerForCausalLM) -> None:

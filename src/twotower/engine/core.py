@@ -341,5 +341,4 @@ class EngineCore:
     def _free_memory(self) -> None:
         """Frees memory that no request needs."""
         self.prefixes.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self.model.workspace.free_memory()

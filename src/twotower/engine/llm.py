@@ -23,7 +23,7 @@ from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers, model_for
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.model.tower import steady_weights
+from twotower.model.tower import repeated_lengths, steady_weights
 
 # The most time of several passes in one call: of requests that run to their ends, and where events are awaited.
 WHOLE_SECONDS, STREAM_SECONDS = 0.02, 0.004
@@ -182,7 +182,8 @@ class LLM:
 
         seconds: the time in which several passes may run, where nothing but the length of a row or EOS ends them.
         """
-        events = self._unseen + self.core.step(seconds)
+        with repeated_lengths(frozenset((1, self.core.blocks.size, *self.core.scheduler.block_sizes))):
+            events = self._unseen + self.core.step(seconds)
         self._unseen = []
         return events
 

@@ -36,6 +36,11 @@ class Scheduler:
         return list(self.running.values()) if self.alone is None else [self.alone]
 
     @property
+    def block_sizes(self) -> set[int]:
+        """The block sizes of the running sequences."""
+        return {sequence.params.block_size for sequence in self._by_slot}
+
+    @property
     def _active_by_slot(self) -> list[RunningSequence]:
         return self._by_slot if self.alone is None else [self.alone]
 

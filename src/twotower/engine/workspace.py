@@ -16,7 +16,8 @@ from twotower.decoding.draft_controller import DraftController, round_up_to_powe
 from twotower.decoding.params import GenerationParams
 
 MAX_CONTROLLERS = 64
-MAX_IDLE_STATE_BYTES = 256 << 20  # larger states are not kept between calls
+MAX_IDLE_STATE_BYTES = 256 << 20  # on a CPU; larger states are not kept between calls
+MAX_IDLE_STATES = 4  # on a GPU: CUDA graphs read the pools of a state in place, so a new state needs new graphs
 
 
 class StateShape(NamedTuple):
@@ -33,8 +34,15 @@ class StateShape(NamedTuple):
         return cls(state.rows, state.capacity, state.dtype, state.lengths.device, state.longest_pass)
 
 
+def idle_limits(device: torch.device) -> tuple[int, int]:
+    """How many states are kept between calls, and how many bytes they have together; a 16th of a GPU's memory."""
+    if device.type != "cuda":
+        return 1, MAX_IDLE_STATE_BYTES
+    return MAX_IDLE_STATES, int(torch.cuda.get_device_properties(device).total_memory) // 16
+
+
 class Workspace:
-    """Draft controllers, measured costs of passes, and one idle state, of one model.
+    """Draft controllers, measured costs of passes, and idle states, of one model: one on a CPU, several on a GPU.
 
     The model owns it. Its size is bounded, and `release` empties it; moving the model calls `release`. A copy or pickle
     of a model has an empty workspace. Calls from several threads may share it: one call at a time borrows the state.
@@ -43,7 +51,7 @@ class Workspace:
     def __init__(self) -> None:
         self.mode_chooser = ModeChooser()
         self._controllers: OrderedDict[tuple[int, int, int], DraftController] = OrderedDict()
-        self._idle: TowerState | None = None
+        self._idle: list[TowerState] = []  # the last returned is last
         self._lent: WeakSet[TowerState] = WeakSet()  # borrowed since the last release: only these come back
         self._lock = threading.RLock()  # re-entrant: garbage collection may close a stream at any allocation
 
@@ -65,11 +73,13 @@ class Workspace:
             return controller.begin_batch()
 
     def borrow_state(self, shape: StateShape, make: Callable[[], TowerState]) -> TowerState:
-        """Returns the idle state if it has this shape, else a new one. The caller owns it until `return_state`."""
+        """Returns an idle state of this shape, else a new one. The caller owns it until `return_state`."""
         with self._lock:
-            state, self._idle = self._idle, None
-        if state is None or StateShape.of(state) != shape:
-            state = make()
+            state = next((idle for idle in self._idle if StateShape.of(idle) == shape), None)
+            self._idle = [idle for idle in self._idle if idle is not state]
+            if state is None:
+                self._make_room(shape.device, MAX_IDLE_STATE_BYTES)
+        state = make() if state is None else state
         with self._lock:
             self._lent.add(state)
         return state
@@ -83,15 +93,30 @@ class Workspace:
         with self._lock:
             if state in self._lent:
                 self._lent.discard(state)
-                if state.nbytes <= MAX_IDLE_STATE_BYTES and not state.is_inference:
-                    self._idle = state
+                _, most = idle_limits(state.lengths.device)
+                if state.nbytes <= most and not state.is_inference:
+                    self._make_room(state.lengths.device, state.nbytes)
+                    self._idle.append(state)
+
+    def _make_room(self, device: torch.device, nbytes: int) -> None:
+        """Drops the oldest idle states until one more of this size is within the limits."""
+        count, most = idle_limits(device)
+        while self._idle and (len(self._idle) >= count or sum(idle.nbytes for idle in self._idle) + nbytes > most):
+            del self._idle[0]
+
+    def free_memory(self) -> None:
+        """Frees the idle states and what the allocator of a GPU keeps, when memory is short."""
+        with self._lock:
+            self._idle.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def release(self) -> None:
         """Frees the state, the measured costs and the draft controllers."""
         with self._lock:
             self.mode_chooser = ModeChooser()
             self._controllers.clear()
-            self._idle = None
+            self._idle = []
             self._lent = WeakSet()
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:

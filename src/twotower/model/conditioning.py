@@ -6,8 +6,8 @@ One small network maps t to (shift, scale, gate); each layer adds its own table 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,35 @@ class Modulation(NamedTuple):
     shift: Tensor
     scale: Tensor
     gate: Tensor
+
+
+class LayerModulations(Sequence[Modulation]):
+    """The modulation of each layer, in one tensor: parts (B, 3·layers, 1, H)."""
+
+    def __init__(self, parts: Tensor) -> None:
+        self.parts = parts
+        each = parts.unbind(1)
+        self._layers = [Modulation(*each[at : at + 3]) for at in range(0, len(each), 3)]
+
+    @classmethod
+    def of(cls, modulation: Sequence[Modulation]) -> LayerModulations:
+        """The modulation of each layer as one tensor; a copy if it is not."""
+        if isinstance(modulation, LayerModulations):
+            return modulation
+        return cls(torch.stack([part for layer in modulation for part in layer], 1))
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[Modulation]:
+        return iter(self._layers)
+
+    @overload
+    def __getitem__(self, layer: int) -> Modulation: ...
+    @overload
+    def __getitem__(self, layer: slice) -> Sequence[Modulation]: ...
+    def __getitem__(self, layer: int | slice) -> Modulation | Sequence[Modulation]:
+        return self._layers[layer]
 
 
 def timestep_sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,15 +106,14 @@ class TimeConditioning(nn.Module):
             with torch.no_grad():
                 table[2].fill_(1.0)
 
-    def forward(self, t: Tensor) -> list[Modulation]:
+    def forward(self, t: Tensor) -> LayerModulations:
         if not len(t) or torch.is_grad_enabled() or t.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
             parts = self._parts(t)
         else:
             self._clear_if_weights_changed()
             rows = [self._cached_parts(value, t) for value in t.tolist()]
             parts = rows[0] if len(rows) == 1 else torch.cat(rows)
-        each = parts.unbind(1)
-        return [Modulation(*each[at : at + 3]) for at in range(0, len(each), 3)]
+        return LayerModulations(parts)
 
     def of_layer(self, t: Tensor, layer: int) -> Modulation:
         """t (B,) → the `Modulation` of one layer, for work that runs the layers one by one."""

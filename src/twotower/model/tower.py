@@ -107,7 +107,7 @@ class PassInputs(NamedTuple):
     tokens: Tensor
     meta: AttentionMetadata
     past: Sequence[LayerCache] | None = None
-    modulation: list[Modulation] | None = None
+    modulation: Sequence[Modulation] | None = None
     keep_step_inputs: bool = True
     appended: Tensor | None = None
 
@@ -135,6 +135,24 @@ def steady_weights() -> Iterator[None]:
 def steady_period() -> object | None:
     """The current period without changes; None: anything may have changed since the last pass."""
     return _STEADY.get()
+
+
+_REPEATED: ContextVar[frozenset[int] | None] = ContextVar("repeated lengths", default=None)
+
+
+@contextmanager
+def repeated_lengths(lengths: frozenset[int]) -> Iterator[None]:
+    """The caller repeats passes of these lengths; a runner should prepare nothing for passes of other lengths."""
+    before = _REPEATED.set(lengths)
+    try:
+        yield
+    finally:
+        _REPEATED.reset(before)
+
+
+def lengths_that_repeat() -> frozenset[int] | None:
+    """The lengths of `repeated_lengths`; None: any may repeat."""
+    return _REPEATED.get()
 
 
 class Runner(Protocol):
@@ -209,7 +227,7 @@ class Tower(nn.Module):
         tokens: Tensor,
         meta: AttentionMetadata,
         past: Sequence[LayerCache] | None = None,
-        modulation: list[Modulation] | None = None,
+        modulation: Sequence[Modulation] | None = None,
         keep_step_inputs: bool = True,
         appended: Tensor | None = None,
     ) -> PassResult:
@@ -232,7 +250,7 @@ class Tower(nn.Module):
         tokens: Tensor,
         meta: AttentionMetadata,
         past: Sequence[LayerCache] | None = None,
-        modulation: list[Modulation] | None = None,
+        modulation: Sequence[Modulation] | None = None,
         keep_step_inputs: bool = True,
         appended: Tensor | None = None,
     ) -> PassResult:

@@ -54,7 +54,7 @@ def compare(found: object, expected: object, where: str = "", allowed: float | N
 
     allowed: another tolerance.
     """
-    pairs = list(zip_longest(_tensors(found), _tensors(expected)))
+    pairs = list(zip_longest(tensors_of(found), tensors_of(expected)))
     for i, (actual, exact) in enumerate(pairs):
         if actual is None or exact is None:
             return f"gave {'less' if actual is None else 'more'} than its reference{where}"
@@ -73,6 +73,17 @@ def compare(found: object, expected: object, where: str = "", allowed: float | N
     return None
 
 
+def differing_bits(found: object, expected: object) -> str | None:
+    """None if two results have the same numbers, NaN included; otherwise a description of the first difference."""
+    for i, (actual, exact) in enumerate(zip_longest(tensors_of(found), tensors_of(expected))):
+        if actual is None or exact is None or actual.shape != exact.shape or actual.dtype != exact.dtype:
+            return f"differs from the layers on the same inputs: result {i} has another shape or type"
+        differing = int(((actual != exact) & ~(actual.isnan() & exact.isnan())).sum())
+        if differing:
+            return f"differs from the layers on the same inputs: result {i} in {differing} of {exact.numel()} numbers"
+    return None
+
+
 def _as_float64(value: object) -> object:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
@@ -83,9 +94,10 @@ def _as_float64(value: object) -> object:
     return value
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """The tensors in a result, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Iterable):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_of(part)
