@@ -1,0 +1,180 @@
+"""How many kernels does a pass on a GPU launch, and how many torch operations does the host call for it?
+
+    python benchmarks/launches.py [--config FILE] [--rows 1] [--context 1024] [--experts grouped-gemm|triton] [--json]
+
+Needs Triton, and no GPU: the backends of CUDA run on tensors of the meta device, which have shapes and no values. A
+pass that read a value on the host would fail. The passes are those of the engine: an AR step, a denoiser pass over a
+block, and the commit of a block. Their categories:
+
+- settle: the update of the Mamba states with the accepted tokens of the pass before
+- view: where the rows lie in the pools
+- time: the time conditioning of the denoiser
+- layers: embedding, layers, final norm; with CUDA graphs one launch and the copies of the inputs
+- append: new keys and values, and lengths
+- head: logits
+- choice: tokens and confidences; in a denoiser pass also the commit policy
+
+What it cannot see: kernels inside an operation of torch, which counts as one launch (a sort or a split GEMM has
+several), and the time of a launch or a kernel. A copy of inputs counts once for each tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common.launch_counter import LaunchCounter, cuda_backends
+from common.models import BLOCK, PUBLISHED, config_of
+from common.program import CONFIG, JSON, QUICK, publish, start
+from rich.table import Table
+
+from twotower import TwoTowerForCausalLM
+from twotower.cache.hybrid_cache import TowerState
+from twotower.decoding.sampling import argmax_with_confidence
+from twotower.decoding.unmasking import Pass, decide
+from twotower.model.layer_io import AttentionMetadata
+from twotower.model.tower import PassInputs, Tower
+from twotower.runners.graph_inputs import in_buckets, input_tensors
+
+META = torch.device("meta")
+CATEGORIES = ("settle", "view", "time", "layers", "append", "head", "choice")
+EXPERTS = ("grouped-gemm", "triton")
+
+
+class Passes:
+    """The passes of an engine with `rows` sequences in other slots than the first ones, all on the meta device."""
+
+    def __init__(self, model: TwoTowerForCausalLM, rows: int, context: int) -> None:
+        self.model, self.rows = model, rows
+        self.slots = torch.zeros(rows, dtype=torch.long, device=META)
+        self.state = new_state(model, rows, context)
+
+    def ar_step(self, count: LaunchCounter) -> int:
+        """An AR step after another one → the copies of inputs with CUDA graphs."""
+        hidden, copies = self._extend(count, 1)
+        self._choose(count, self.model.context, hidden)
+        return copies
+
+    def commit(self, count: LaunchCounter) -> int:
+        """The context tower reads a block, without logits."""
+        return self._extend(count, BLOCK)[1]
+
+    def denoiser_pass(self, count: LaunchCounter) -> int:
+        """A pass over a block, with the released commit policy."""
+        model, denoiser = self.model, self.model.denoiser
+        assert denoiser is not None
+        assert model.time is not None
+        self.state.drop_step_inputs()  # committed at the opening of the block
+        block = torch.zeros(self.rows, BLOCK, dtype=torch.long, device=META)
+        with count.of("view"):
+            view = self.state.view(self.slots)
+            past = list(view.past)
+        with count.of("time"):
+            modulation = model.time(torch.zeros(self.rows, device=META))
+        meta = AttentionMetadata(causal=False, start=view.lengths)
+        inputs = PassInputs(block, meta, past, modulation, keep_step_inputs=False)
+        with count.of("layers"):
+            hidden, _ = denoiser.layer_by_layer(*inputs)
+        tokens, sure = self._choose(count, denoiser, hidden)
+        step = torch.zeros(self.rows, 1, dtype=torch.long, device=META)
+        masked = torch.zeros(self.rows, BLOCK, dtype=torch.bool, device=META)
+        with count.of("choice"):
+            decide("threshold", Pass(sure, tokens, sure, masked, step, step), sure[:, :1])
+        return copies_of(inputs)
+
+    def _extend(self, count: LaunchCounter, length: int) -> tuple[torch.Tensor, int]:
+        state, tower = self.state, self.model.context
+        tokens = torch.zeros(self.rows, length, dtype=torch.long, device=META)
+        with count.of("settle"):
+            state.commit_state()
+        with count.of("view"):
+            view = state.view(self.slots)
+            past = list(view.past)
+        inputs = PassInputs(tokens, AttentionMetadata(start=view.lengths), past)
+        with count.of("layers"):
+            hidden, updates = tower.layer_by_layer(*inputs)
+        with count.of("append"):
+            state.append(updates, torch.full((self.rows,), length, device=META), length, self.slots)
+        return hidden, copies_of(inputs)
+
+    def _choose(self, count: LaunchCounter, tower: Tower, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with count.of("head"):
+            logits = tower.logits(hidden, upcast_logits=False)
+        with count.of("choice"):
+            return argmax_with_confidence(logits)
+
+
+PASSES: dict[str, Callable[[Passes, LaunchCounter], int]] = {
+    "AR step": Passes.ar_step,
+    "denoiser pass": Passes.denoiser_pass,
+    "commit": Passes.commit,
+}
+
+
+def new_state(model: TwoTowerForCausalLM, rows: int, context: int) -> TowerState:
+    """A state of an engine with `rows` + 1 slots, in which each text has `context` tokens."""
+    state = model.new_state(rows + 1, 0, (rows + 1) * (context + 4 * BLOCK))
+    for row in range(rows + 1):
+        state.allocate(row, context + 4 * BLOCK)
+    state.max_seq_len = context
+    return state
+
+
+def copies_of(inputs: PassInputs) -> int:
+    """The tensors that a CUDA graph of this pass copies; see `graph_inputs`."""
+    return len(input_tensors(in_buckets(inputs)[0]))
+
+
+def measure(config: Path | None, *, rows: int, context: int, experts: str) -> dict[str, Any]:
+    """Launches and calls of each pass by category, the second time that it runs."""
+    with torch.device("meta"):
+        model = TwoTowerForCausalLM(config_of(config)).to(torch.bfloat16).eval()
+    found: dict[str, Any] = {}
+    with torch.no_grad(), cuda_backends(experts) as count:
+        for name, run in PASSES.items():
+            passes = Passes(model, rows, context)
+            passes.commit(count)
+            for counter in (count.launches, count.calls, count.operations):
+                counter.clear()
+            copies = run(passes, count)
+            launches, calls = ({own: counter[own] for own in CATEGORIES} for counter in (count.launches, count.calls))
+            captured = launches | {"layers": 1 + copies}
+            found[name] = {
+                "launches": launches,
+                "launches in all": sum(launches.values()),
+                "torch calls in all": sum(calls.values()),
+                "torch calls": calls,
+                "with CUDA graphs": captured,
+                "with CUDA graphs in all": sum(captured.values()),
+                "most launched": dict(Counter(count.operations).most_common(12)),
+            }
+    return found
+
+
+@click.command()
+@CONFIG
+@click.option("--rows", default=1, show_default=True, help="Sequences of a pass.")
+@click.option("--context", default=1024, show_default=True, help="Tokens before a pass.")
+@click.option("--experts", type=click.Choice(EXPERTS), default=EXPERTS[0], show_default=True)
+@QUICK
+@JSON
+def main(config: Path | None, rows: int, context: int, experts: str, quick: bool, as_json: bool) -> None:
+    """Counts the launches of each pass of a shape (default: the published one)."""
+    start()
+    shape = None if quick and config is None else config or PUBLISHED
+    found = measure(shape, rows=rows, context=context, experts=experts)
+    table = Table("pass", *CATEGORIES, "launches", "torch calls", "with CUDA graphs", title=f"experts: {experts}")
+    for name, one in found.items():
+        each = (str(one["launches"][category]) for category in CATEGORIES)
+        totals = (str(one[f"{what} in all"]) for what in ("launches", "torch calls", "with CUDA graphs"))
+        table.add_row(name, *each, *totals)
+    facts = {"shape": shape.name if shape else "tiny", "rows": rows, "context": context, "experts": experts}
+    publish("launches", facts | {"passes": found}, [table], as_json)
+
+
+if __name__ == "__main__":
+    main()
