@@ -59,6 +59,11 @@ def _names(text: str) -> tuple[str, ...]:
 TRAINING_ATTENTION = ("grouped", "padded", "stacked", "repeated")
 CPU_TARGETS = ("native", "avx512_bf16", "avx512", "avx2", "none")
 SWITCH = Kind(allowed="0 or 1", parse=_one_of({"0": False, "1": True}), fits=lambda value: isinstance(value, bool))
+COUNT = Kind(
+    allowed="a number of at least 0",
+    parse=lambda text: range(1 << 62).index(int(text)),  # raises ValueError below 0
+    fits=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+)
 TARGET = Kind(
     allowed=", ".join(CPU_TARGETS),
     parse=_one_of(dict(zip(CPU_TARGETS, CPU_TARGETS, strict=True))),
@@ -119,6 +124,22 @@ class Options:
         default=True,
         metadata=_variable(
             "TWOTOWER_GRAPHS", SWITCH, "Whether passes on a CUDA device are captured and replayed as CUDA graphs."
+        ),
+    )
+    graph_steps: bool = field(
+        default=False,
+        metadata=_variable(
+            "TWOTOWER_GRAPH_STEPS",
+            SWITCH,
+            "Whether a greedy AR step on a CUDA device is one CUDA graph; not measured yet.",
+        ),
+    )
+    grouped_pairs: int = field(
+        default=0,
+        metadata=_variable(
+            "TWOTOWER_GROUPED_PAIRS",
+            COUNT,
+            "Pairs of a token and an expert from which bf16 experts take grouped GEMM, not Triton, on CUDA; 0: always.",
         ),
     )
     training_attention: str = field(
@@ -200,7 +221,8 @@ class Options:
     @cached_property
     def kernels_key(self) -> str:
         """The key for caches that depend on the selected kernels. A string, because strings cache their hash."""
-        parts = (self.triton, self.native, self.cpu_target, self.cxx, self.cache_home, self.triton_interpret)
+        kernels = self.triton, self.native, self.cpu_target, self.triton_interpret, self.grouped_pairs
+        parts = (*kernels, self.cxx, self.cache_home)
         return repr(tuple(map(str, parts)))
 
 

@@ -6,6 +6,7 @@ All tests use float64, so that the tolerances can be about 1e-9.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from twotower.cache.replica import DeviceTransfer, Replica
 from twotower.cache.state_bytes import state_bytes
 from twotower.model import moe, towers
 from twotower.ops.reference.attention import CachedKV
-from twotower.ops.registry import REGISTRY, select
+from twotower.ops.registry import REGISTRY, Backend, select
 
 MASK = 3
 LENGTHS = (0, 1, 2, 3, 5, 17, 70)  # empty, around the convolution window, several chunks, two buckets
@@ -469,7 +470,11 @@ def test_the_work_of_a_pass_does_not_depend_on_what_the_rows_hold(
 ) -> None:
     """Same rows, width and bucket, other tokens, lengths and rollbacks: the same operations on the same shapes."""
     gathered = next(b for b in REGISTRY["experts"] if b.name == "gathered")  # the backend for accelerators
-    monkeypatch.setattr(moe, "select", lambda op, *rest: gathered if op == "experts" else select(op, *rest))
+
+    def with_gathered(op: str, *rest: Any, **options: Any) -> Backend:
+        return gathered if op == "experts" else select(op, *rest, **options)
+
+    monkeypatch.setattr(moe, "select", with_gathered)
     logs = []
     for seed, lengths, kept in ((0, (5, 12), (1, 0, 2)), (1, (0, 12), (0, 0, 0)), (2, (12, 1), (1, 0, 1))):
         prompts = padded(texts(lengths, seed))

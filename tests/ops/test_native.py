@@ -35,6 +35,25 @@ pytestmark = pytest.mark.code_path
 NATIVE = [(op, backend) for op, backends in REGISTRY.items() for backend in backends if backend.name == "native"]
 
 
+def test_a_gpu_has_one_self_check_by_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "cuda" and "cuda:0" are one device; its kernels were checked twice."""
+    checked: list[torch.device] = []
+    kernel = Backend("kernel", lambda x: x, "", compiled=True)
+
+    def cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+        checked.append(device)
+        return []
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(REGISTRY, "probe", (kernel,))
+    monkeypatch.setitem(self_check_cases.CASES, "probe", cases)
+    for name in ("cuda", "cuda:0", "cuda"):
+        assert registry.select("probe", torch.device(name), torch.float32, differentiable=False) is kernel
+    assert checked == [torch.device("cuda:0")]
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("op", "backend"), NATIVE, ids=[op for op, _ in NATIVE])
 def test_each_agrees_with_its_reference_in_float64(op: str, backend: Backend, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import torch
 import triton_mode
 from torch import Tensor
 
-from twotower import TwoTowerForCausalLM
+from twotower import TwoTowerForCausalLM, options
 from twotower.checkpoint.quantize import quantize_
 from twotower.ops import registry, self_check_cases
 from twotower.ops.reference import experts, int4, int8
@@ -427,6 +427,34 @@ def test_a_model_through_the_kernels(
     registry._select.cache_clear()
     for actual, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_few_pairs_take_the_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the option grouped_pairs, and where grouped GEMM would pad widths; both backends compute the same."""
+    usable = tuple(
+        replace(b, unsupported_reason=lambda *_: None, compiled=False) if b.name in ("grouped-gemm", "triton") else b
+        for b in registry.REGISTRY["experts"]
+    )
+    monkeypatch.setitem(registry.REGISTRY, "experts", usable)
+    monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
+
+    def name(few: bool) -> str:
+        return registry.select("experts", DEVICE, torch.bfloat16, False, few).name
+
+    assert (name(few=False), name(few=True)) == ("grouped-gemm", "triton")
+    hidden, choice = torch.zeros(16, 24), torch.zeros(16, 2, dtype=torch.long)
+    assert not registry.few_pairs(hidden, choice, 16)  # the default: always grouped GEMM
+    assert registry.few_pairs(hidden, choice, 13)
+    for pairs, few in ((32, False), (33, True)):
+        with options.override(grouped_pairs=pairs):
+            assert registry.few_pairs(hidden, choice, 16) == few
+    generator = torch.Generator().manual_seed(1)
+    hidden, up, down = (
+        torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 24), (4, 16, 24), (4, 24, 16))
+    )
+    routed = hidden, torch.rand(5, 4, generator=generator).topk(2).indices, torch.rand(5, 2, generator=generator)
+    grouped, triton = (b.function(*routed, None, up, down, "relu2") for b in usable[:2])
+    assert (grouped - triton).abs().max() <= 2e-2 * grouped.abs().max()
 
 
 def test_the_order_of_the_expert_backends() -> None:

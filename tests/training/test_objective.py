@@ -412,7 +412,7 @@ def test_the_context_pass_gives_what_generation_keeps() -> None:
         for past, kept in zip(coupling, model.reader(state).view().past, strict=True):
             if isinstance(past, MambaCache):
                 assert isinstance(kept, MambaCache)
-                for mine, theirs in zip(past, kept, strict=True):
+                for mine, theirs in zip(past.gathered(), kept.gathered(), strict=True):
                     torch.testing.assert_close(mine[place], theirs[0], rtol=EXACT, atol=EXACT)
             elif isinstance(past, KeyValue) and seen:
                 assert isinstance(kept, CachedKV)

@@ -13,7 +13,7 @@ from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int4, int8
 from twotower.ops.reference.experts import Packed
 from twotower.ops.reference.routing import Routing
-from twotower.ops.registry import select
+from twotower.ops.registry import few_pairs, select
 from twotower.specs import MLPSpec, MoESpec
 
 
@@ -77,7 +77,8 @@ class Experts(nn.Module):
         self.packed_up, self.packed_down = PackedWeight(), PackedWeight()  # as in `Linear`
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        backend = select("experts", hidden.device, hidden.dtype)
+        few = few_pairs(hidden, choice, self.up_proj.shape[1])
+        backend = select("experts", hidden.device, hidden.dtype, few=few)
         weights = self.gate_proj if self.gated else None, self.up_proj, self.down_proj
         out: Tensor = backend.function(hidden, choice, weight, *weights, self.activation, self._packed())
         return out

@@ -231,20 +231,42 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
 }
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool | None = None) -> Backend:
+def select(
+    op: str, device: torch.device, dtype: torch.dtype, differentiable: bool | None = None, few: bool = False
+) -> Backend:
     """The first backend of `op` that supports the device and dtype.
 
     differentiable: whether gradients may be needed; None: whether autograd records now or a dispatch mode is active.
+    few: whether a Triton kernel is preferred to grouped GEMM, for little work (`few_pairs`).
     """
     trains = torch.is_grad_enabled() if differentiable is None else differentiable
     # A dispatch mode (FLOP counter, fake tensors, tracing) must see torch operations.
     plain = trains or (differentiable is None and torch._C._len_torch_dispatch_stack() > 0)
-    return _select(op, device, dtype, plain, trains, options.current().kernels_key)
+    return _select(op, _indexed(device), dtype, plain, trains, few, options.current().kernels_key)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its index: "cuda" and "cuda:0" have one selection, and one self-check."""
+    if device.type != "cuda" or device.index is not None or not torch.cuda.is_available():
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def few_pairs(hidden: Tensor, choice: Tensor, inner: int) -> bool:
+    """Whether bf16 experts take the Triton kernel before grouped GEMM, by the option `grouped_pairs`.
+
+    hidden (T, H), choice (T, k). Widths that are no multiples of 8 would make grouped GEMM copy all weights.
+    """
+    return choice.numel() < options.current().grouped_pairs or bool(hidden.shape[-1] % 8 or inner % 8)
 
 
 @cache
-def _select(op: str, device: torch.device, dtype: torch.dtype, plain: bool, trains: bool, options_key: str) -> Backend:
-    fitting = (b for b in REGISTRY[op] if not (b.compiled and plain) and (trains or not b.trains))
+def _select(
+    op: str, device: torch.device, dtype: torch.dtype, plain: bool, trains: bool, few: bool, options_key: str
+) -> Backend:
+    fitting = [b for b in REGISTRY[op] if not (b.compiled and plain) and (trains or not b.trains)]
+    if few and any(b.name == "triton" for b in fitting):
+        fitting.sort(key=lambda b: b.name != "triton")  # the others keep their order
     return next(b for b in fitting if _unsupported_reason(op, b, device, dtype, options_key) is None)
 
 
@@ -274,7 +296,7 @@ def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str
 
     The reason includes why preferred backends are not used.
     """
-    rows, key = [], options.current().kernels_key
+    rows, key, device = [], options.current().kernels_key, _indexed(device)
     for op, backends in REGISTRY.items():
         chosen = select(op, device, dtype, differentiable=False)
         before = (b for b in backends[: backends.index(chosen)] if not b.trains)
