@@ -14,6 +14,8 @@ block, and the commit of a block. Their categories:
 - head: logits
 - choice: tokens and confidences; in a denoiser pass also the commit policy
 
+With the option `graph_steps`, an AR step is one graph with three inputs, and lengths that the host adds to.
+
 What it cannot see: kernels inside an operation of torch, which counts as one launch (a sort or a split GEMM has
 several), and the time of a launch or a kernel. A copy of inputs counts once for each tensor.
 """
@@ -42,6 +44,7 @@ from twotower.runners.graph_inputs import in_buckets, input_tensors
 
 META = torch.device("meta")
 CATEGORIES = ("settle", "view", "time", "layers", "append", "head", "choice")
+STEP_INPUTS = 3  # tokens, slots and lengths of `CapturedStep`
 EXPERTS = ("grouped-gemm", "triton")
 
 
@@ -141,6 +144,8 @@ def measure(config: Path | None, *, rows: int, context: int, experts: str) -> di
             for counter in (count.launches, count.calls, count.operations):
                 counter.clear()
             copies = run(passes, count)
+            with count.of("lengths"):
+                passes.state.advance(passes.slots)
             launches, calls = ({own: counter[own] for own in CATEGORIES} for counter in (count.launches, count.calls))
             captured = launches | {"layers": 1 + copies}
             found[name] = {
@@ -150,6 +155,7 @@ def measure(config: Path | None, *, rows: int, context: int, experts: str) -> di
                 "torch calls": calls,
                 "with CUDA graphs": captured,
                 "with CUDA graphs in all": sum(captured.values()),
+                "as one graph": 1 + STEP_INPUTS + count.launches["lengths"] if name == "AR step" else None,
                 "most launched": dict(Counter(count.operations).most_common(12)),
             }
     return found

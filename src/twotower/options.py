@@ -56,6 +56,11 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
+def _choice(names: tuple[str, ...]) -> Kind:
+    parse = _one_of(dict(zip(names, names, strict=True)))
+    return Kind(allowed=", ".join(names), parse=parse, fits=lambda value: value in names)
+
+
 TRAINING_ATTENTION = ("grouped", "padded", "stacked", "repeated")
 CPU_TARGETS = ("native", "avx512_bf16", "avx512", "avx2", "none")
 SWITCH = Kind(allowed="0 or 1", parse=_one_of({"0": False, "1": True}), fits=lambda value: isinstance(value, bool))
@@ -64,16 +69,7 @@ COUNT = Kind(
     parse=lambda text: range(1 << 62).index(int(text)),  # raises ValueError below 0
     fits=lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
 )
-TARGET = Kind(
-    allowed=", ".join(CPU_TARGETS),
-    parse=_one_of(dict(zip(CPU_TARGETS, CPU_TARGETS, strict=True))),
-    fits=lambda value: value in CPU_TARGETS,
-)
-FORM = Kind(
-    allowed=", ".join(TRAINING_ATTENTION),
-    parse=_one_of(dict(zip(TRAINING_ATTENTION, TRAINING_ATTENTION, strict=True))),
-    fits=lambda value: value in TRAINING_ATTENTION,
-)
+TARGET, FORM = _choice(CPU_TARGETS), _choice(TRAINING_ATTENTION)
 COMMAND = Kind(
     allowed="a command or a path",
     parse=str,
@@ -128,19 +124,11 @@ class Options:
     )
     graph_steps: bool = field(
         default=False,
-        metadata=_variable(
-            "TWOTOWER_GRAPH_STEPS",
-            SWITCH,
-            "Whether a greedy AR step on a CUDA device is one CUDA graph; not measured yet.",
-        ),
+        metadata=_variable("TWOTOWER_GRAPH_STEPS", SWITCH, "Whether a greedy AR step on CUDA is one CUDA graph."),
     )
     grouped_pairs: int = field(
         default=0,
-        metadata=_variable(
-            "TWOTOWER_GROUPED_PAIRS",
-            COUNT,
-            "Pairs of a token and an expert from which bf16 experts take grouped GEMM, not Triton, on CUDA; 0: always.",
-        ),
+        metadata=_variable("TWOTOWER_GROUPED_PAIRS", COUNT, "From how many pairs experts in bf16 take grouped GEMM."),
     )
     training_attention: str = field(
         default="grouped",

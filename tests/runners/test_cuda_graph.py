@@ -31,6 +31,7 @@ from twotower.ops import registry
 from twotower.ops.reference.attention import CachedKV
 from twotower.ops.self_check import tensors_of
 from twotower.runners import cuda_graph
+from twotower.runners.captured_step import CapturedStep
 from twotower.runners.cuda_graph import CapturedGraph, CUDAGraphRunner
 from twotower.runners.graph_capture import Capturer
 
@@ -61,7 +62,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 place.copy_(value)
 
         for place in tensors_of(result):
-            place.fill_(float("nan"))  # so that results of the first run are not taken for those of a replay
+            place.fill_(
+                float("nan") if place.is_floating_point() else -1
+            )  # so that results of the first run are not taken for those of a replay
         return replay, result
 
     only_torch(monkeypatch)
@@ -316,7 +319,7 @@ def test_after_many_refusals_nothing_is_captured(
     monkeypatch.setattr(cuda_graph, "MAX_REFUSED", 2)
     monkeypatch.setattr(Capturer, "__call__", failing)
     one, where = "one raised RuntimeError: operation not permitted", "for passes of 1 × 1 tokens "
-    for length, words in ((1, f"not used {where}on cpu: {one}"), (2, f"not used on cpu: {one}")):
+    for length, words in ((1, f"not used {where}on cpu: {one}"), (2, f"not used for any pass: {one}")):
         with torch.no_grad(), pytest.warns(RuntimeWarning, match=words):
             model.extend(torch.randint(64, (1, length)), model.new_state(1, 8))
     with torch.no_grad():
@@ -451,6 +454,32 @@ def test_rows_of_an_earlier_pass_select_no_experts(made: list[int]) -> None:
         routed = static.meta.with_representative().route_padding(choice)
     assert set(choice[3].tolist()) != set(choice[0].tolist())
     assert set(routed[3].tolist()) == set(routed[0].tolist())
+
+
+@pytest.mark.parametrize("pattern", ["M*E", "M"])
+def test_steps_as_one_graph(pattern: str, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With graph_steps, greedy steps replay the states, the head and the choice too, and the texts stay the same."""
+    model = build_random_model(pattern, dtype=torch.float64)
+    modes = ({"mode": "ar"}, {"mode": "diffusion", "block_size": 3}, {"mode": "ar", "temperature": 1.0, "seed": 4})
+    requests = [
+        Request([5 + i, 9, 7][: 1 + i % 3], GenerationParams.of(max_new_tokens=7 + i, **modes[kind]))
+        for i, kind in enumerate((0, 0, 1, 0, 0, 2))
+    ]
+    replayed: list[int] = []
+    real = CapturedStep.run
+
+    def noting(step: CapturedStep, *given: Tensor) -> Any:
+        replayed.append(len(given[0]))
+        return real(step, *given)
+
+    monkeypatch.setattr(CapturedStep, "run", noting)
+    expected = [output.tokens for output in LLM(model, rows=2, length=64).generate(requests)]
+    assert not replayed  # the option is off until it is measured
+    with options.override(graph_steps=True):
+        llm = LLM(model, rows=2, length=64)
+        assert [output.tokens for output in llm.generate(requests)] == expected
+    assert set(replayed) == {1, 2}
+    assert not graphs(model.context).refused
 
 
 def test_each_tower_has_a_memory_pool(model: TwoTowerForCausalLM, made: list[int]) -> None:

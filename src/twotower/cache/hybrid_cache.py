@@ -165,6 +165,12 @@ class TowerState:
         self.max_seq_len += width
         self.total_appended += width
 
+    def advance(self, rows: Tensor) -> None:
+        """Records one more token of each of the slots (B,): a step has stored keys, values and Mamba states itself."""
+        self.lengths = self.lengths.index_add(0, rows, torch.ones_like(rows))
+        self.max_seq_len += 1
+        self.total_appended += 1
+
     def prepare(self, width: int) -> None:
         """Prepares the slots of windows for the next `append`, of `width` tokens to any row, unless a caller has."""
         if width > self._room:

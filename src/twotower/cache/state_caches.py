@@ -69,13 +69,7 @@ class StateCaches(Sequence[LayerCache]):
         return self._made
 
     def _all(self) -> list[LayerCache]:
-        state, past = self.state, list[LayerCache]([None] * len(self.state.pools))
-        for group in state.kv_groups:
-            for layer, cached in group.caches(self.rows, self.lengths, state.context_width):
-                past[layer] = cached
-        for layer, mamba in state.mamba_pools:
-            keys, own = past[layer], MambaCache(mamba.conv_window, mamba.ssm_state, self.rows)
-            past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
+        past = caches_at(self.state, self.rows, self.lengths, self.state.context_width)
         return past if self.layers is None else [past[layer] for layer in self.layers]
 
     def __len__(self) -> int:
@@ -90,6 +84,18 @@ class StateCaches(Sequence[LayerCache]):
     def __getitem__(self, layer: slice) -> list[LayerCache]: ...
     def __getitem__(self, layer: int | slice) -> LayerCache | list[LayerCache]:
         return self._caches()[layer]
+
+
+def caches_at(state: CachedState, rows: Tensor | None, lengths: Tensor, width: int) -> list[LayerCache]:
+    """One cache a layer, for all rows of a state or the given slots (B,) of lengths (B,). width: of the context."""
+    past = list[LayerCache]([None] * len(state.pools))
+    for group in state.kv_groups:
+        for layer, cached in group.caches(rows, lengths, width):
+            past[layer] = cached
+    for layer, mamba in state.mamba_pools:
+        keys, own = past[layer], MambaCache(mamba.conv_window, mamba.ssm_state, rows)
+        past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
+    return past
 
 
 def caches_of(past: Sequence[LayerCache], layers: Sequence[int] | None) -> Sequence[LayerCache]:

@@ -24,7 +24,7 @@ from twotower.cache.replica import PendingTransfer, Replica
 from twotower.cache.sliding_window import longest_pass_of, widest_window
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event
-from twotower.engine import context_step, denoiser_ar, drafting, one_pass
+from twotower.engine import captured_step, context_step, denoiser_ar, drafting, one_pass
 from twotower.engine.admitter import Admitter
 from twotower.engine.budget import divide_memory
 from twotower.engine.compiled import CompiledPasses
@@ -201,7 +201,7 @@ class EngineCore:
         """Launches one pass of the context tower."""
         model, sequences = self._model_of(scheduled), [entry.sequence for entry in scheduled]
         started = time.perf_counter()
-        record = self.compiled.launch_context(model, scheduled)
+        record = self.compiled.launch_context(model, scheduled) or captured_step.launch(model, self.state, scheduled)
         if record is None:
             pending = context_step.launch(model, self.state, self.constants, scheduled)
             record = partial(context_step.collect, pending)

@@ -119,7 +119,7 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
     "state_update": (
         _each_layer(_triton("state_update", "state_update", "one kernel per layer, in place")),
         _native(native_ops.state_update, "all layers in one call, in place"),
-        _each_layer(Backend("torch", mamba_block.state_update, "plain torch, differentiable")),
+        _each_layer(Backend("torch", mamba_block.update_pools, "plain torch, differentiable")),
     ),
     "kv_append": (
         _native(native_ops.kv_append, "all layers in one call"),

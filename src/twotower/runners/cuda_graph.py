@@ -16,16 +16,27 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
+from torch import Tensor
 
 from twotower import options
+from twotower.cache.hybrid_cache import TowerState
 from twotower.model.tower import PassInputs, PassResult, Tower, lengths_that_repeat, steady_period
 from twotower.ops.registry import select
 from twotower.ops.self_check import differing_bits, tensors_of
+from twotower.runners.captured_step import CapturedStep, Choice, step_unsupported_reason
 from twotower.runners.graph_capture import Capturer, MemoryPool, graph_bytes_limit, is_out_of_memory
-from twotower.runners.graph_inputs import first_rows, in_buckets, input_tensors, shape_key, static_inputs, validity
+from twotower.runners.graph_inputs import (
+    bucket,
+    first_rows,
+    in_buckets,
+    input_tensors,
+    shape_key,
+    static_inputs,
+    validity,
+)
 from twotower.runners.module_plan import ModulePlan, WeightPointers
 
 MAX_TOKENS = 256  # tokens of a pass; with more, the kernels take longer than their launches
@@ -37,14 +48,20 @@ PAUSE = 256  # passes without captures after one that found no memory
 
 
 class CapturedGraph:
-    """A captured pass at static addresses, with room for `rows` rows. nbytes: of its inputs and results."""
+    """A captured pass at static addresses, with room for `rows` rows. nbytes: of its inputs and results.
+
+    wrong: how the replay differs from the layers on the same inputs; None: not at all.
+    """
 
     def __init__(self, tower: Tower, inputs: PassInputs, rows: int, pool: MemoryPool) -> None:
         self.static = static_inputs(inputs, rows)
         self.inputs, self._valid = input_tensors(self.static), validity(self.static)
         self._filled = rows
         self._fill(inputs)
+        self.tokens = self.static.tokens
         self.replay, self.result = Capturer(tower.device, pool)(lambda: tower.layer_by_layer(*self.static))
+        self.replay()
+        self.wrong = differing_bits(self.result, tower.layer_by_layer(*self.static))
         self.nbytes = sum(tensor.nbytes for tensor in (*self.inputs, *tensors_of(self.result)))
 
     def run(self, inputs: PassInputs) -> PassResult:
@@ -64,6 +81,9 @@ class CapturedGraph:
         self._filled = rows
 
 
+Graph = CapturedGraph | CapturedStep
+
+
 class CUDAGraphRunner:
     """The GPU runner of one tower: caches its module plan and its graphs by shape. A copy is empty."""
 
@@ -75,7 +95,7 @@ class CUDAGraphRunner:
 
     def release(self) -> None:
         """Frees the graphs and their memory."""
-        self.graphs: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
+        self.graphs: OrderedDict[Hashable, Graph] = OrderedDict()
         self.refused: dict[Hashable, str] = {}  # shapes that are not captured again, with the reason
         self.disabled_reason: str | None = None  # why no more graphs are captured
         self._passes: OrderedDict[Hashable, int] = OrderedDict()  # of each shape, before its capture
@@ -96,25 +116,58 @@ class CUDAGraphRunner:
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """The result of `Tower.forward`, from a graph; None if the pass is not supported or not captured yet."""
-        if self.disabled_reason is not None or not _eligible(tower, inputs):
+        if inputs.meta.prefix is not None or not self._supports(tower, *inputs.tokens.shape):
             return None
         weights = self._current_weights(tower)
         if weights is None:
             return None
         inputs, rows = in_buckets(inputs)
-        key = options.current().kernels_key  # a graph replays the kernels that were selected at its capture
-        shape = rows, shape_key(inputs), weights.addresses, key
+        shape = rows, shape_key(inputs), *_keys(weights)
+        where = f"passes of {rows} × {inputs.tokens.shape[1]} tokens on {tower.device}"
+        graph = self._find(shape, where, lambda: CapturedGraph(tower, inputs, rows, self._pool))
+        return graph.run(inputs) if isinstance(graph, CapturedGraph) else None
+
+    def step(
+        self, tower: Tower, state: TowerState, tokens: Tensor, slots: Tensor, rows: Sequence[int]
+    ) -> Choice | None:
+        """A greedy step of tokens (B, 1) in slots (B,) of a state → tokens and confidences (B, 1), until the next step.
+
+        The state has the step's tokens then. None, and nothing is done, if the step is not supported or not captured
+        yet. rows: the slots, on the host.
+        """
+        if step_unsupported_reason(tower, state, rows) is not None or not self._supports(tower, *tokens.shape):
+            return None
+        weights = self._current_weights(tower)
+        if weights is None:
+            return None
+        state.commit_state()
+        width = bucket(state.context_width)
+        layouts = [part.data_ptr() for group in state.kv_groups for part in (group.slots.start, group.slots.stride)]
+        shape = "step", len(tokens), width, tuple(layouts), state.addresses.current().tobytes(), *_keys(weights)
+        where = f"steps of {len(tokens)} rows on {tower.device}"
+        graph = self._find(shape, where, lambda: CapturedStep(tower, state, tokens, slots, width, self._pool))
+        if not isinstance(graph, CapturedStep):
+            return None
+        choice = graph.run(tokens, slots, state.lengths)
+        state.advance(slots)
+        return choice
+
+    def _supports(self, tower: Tower, rows: int, length: int) -> bool:
+        return self.disabled_reason is None and _eligible(tower, rows, length)
+
+    def _find(self, shape: Hashable, where: str, make: Callable[[], Graph]) -> Graph | None:
+        """The graph of a shape, captured if it is due; None if there is none. where: its passes, for the warning."""
         graph = self.graphs.get(shape)
         if graph is None:
             if not self._due(shape):
                 return None
-            graph = self._capture(tower, inputs, rows, shape)
+            graph = self._capture(make, shape, where)
             if graph is None:
                 return None
             self.graphs[shape] = graph
-            self._evict(tower.device)
+            self._evict(graph.tokens.device)
         self.graphs.move_to_end(shape)
-        return graph.run(inputs)
+        return graph
 
     def _due(self, shape: Hashable) -> bool:
         """Whether a shape is captured now. Counts its passes."""
@@ -152,15 +205,11 @@ class CUDAGraphRunner:
         self._checked = period
         return self._weights
 
-    def _capture(self, tower: Tower, inputs: PassInputs, rows: int, shape: Hashable) -> CapturedGraph | None:
-        """A new graph, compared with the layers on the same padded inputs.
-
-        None if memory is short, and, with a warning, if capture or comparison fails.
-        """
+    def _capture(self, make: Callable[[], Graph], shape: Hashable, where: str) -> Graph | None:
+        """A new graph; None if memory is short, and, with a warning, if its capture failed or it is wrong."""
         try:
-            graph = CapturedGraph(tower, inputs, rows, self._pool)
-            graph.replay()
-            wrong = differing_bits(graph.result, tower.layer_by_layer(*graph.static))
+            graph = make()
+            wrong = graph.wrong
         except TimeoutError:  # a time limit of the caller, which says nothing about the graph
             raise
         except Exception as error:  # a capture can fail in many ways; the layers run instead
@@ -169,14 +218,14 @@ class CUDAGraphRunner:
                 self._pause = PAUSE
                 return None
             wrong = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if wrong is None:
-            return graph
+        else:
+            if wrong is None:
+                return graph
         self.refused[shape] = wrong
-        where = f"for passes of {rows} × {inputs.tokens.shape[1]} tokens on {tower.device}"
         if len(self.refused) >= MAX_REFUSED:
-            self.disabled_reason, where = wrong, f"on {tower.device}"
+            self.disabled_reason, where = wrong, "any pass"
             self.graphs.clear()
-        warnings.warn(f"CUDA graphs are not used {where}: one {wrong}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"CUDA graphs are not used for {where}: one {wrong}", RuntimeWarning, stacklevel=5)
         return None
 
 
@@ -187,19 +236,22 @@ def cuda_graph_unsupported_reason(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "needs CUDA"
 
 
-def _eligible(tower: Tower, inputs: PassInputs) -> bool:
+def _keys(weights: WeightPointers) -> tuple[Hashable, ...]:
+    """The weights and kernels of a graph, which replays the kernels that were selected at its capture."""
+    return weights.addresses, options.current().kernels_key
+
+
+def _eligible(tower: Tower, rows: int, length: int) -> bool:
     if (
         torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
         or cuda_graph_unsupported_reason(tower.device) is not None
     ):
         return False
-    if inputs.meta.prefix is not None:
-        return False
-    length, repeated = inputs.tokens.shape[1], lengths_that_repeat()
+    repeated = lengths_that_repeat()
     if repeated is not None and length not in repeated:
         return False
-    if not 0 < inputs.tokens.numel() <= MAX_TOKENS or length > tower.spec.chunk_size:
+    if not 0 < rows * length <= MAX_TOKENS or length > tower.spec.chunk_size:
         return False
     backend = select("experts", tower.device, tower.embeddings.weight.dtype)
     return backend.name != "sorted-loop"  # sorted-loop reads on the host

@@ -43,10 +43,15 @@ def in_buckets(inputs: PassInputs) -> tuple[PassInputs, int]:
     return inputs._replace(past=past, meta=meta), rows
 
 
+def bucket(width: int) -> int:
+    """The context width of a graph: a power of two."""
+    return max(MIN_CONTEXT_WIDTH, 1 << (width - 1).bit_length())
+
+
 def _bucket_width(cached: CachedKV) -> CachedKV:
     if not cached.max_length:
         return cached
-    width = max(MIN_CONTEXT_WIDTH, 1 << (cached.max_length - 1).bit_length())
+    width = bucket(cached.max_length)
     return cached._replace(max_length=min(width, cached.uniform_stride) if cached.uniform_stride else width)
 
 

@@ -123,15 +123,23 @@ def state_update(
     """Advances the states in slots `rows` (B,) by the first `accepted` (B,) tokens of the step inputs.
 
     conv_window (R, K−1, C) and ssm_state (R, H, P, N) are the pools. The slots are distinct; rows None: R = B, slot b
-    is row b. Returns the updated pools: changed in place, new tensors under autograd.
+    is row b. Returns the updated pools: changed in place if `rows` is given, new tensors otherwise and under autograd.
+    Without autograd, a backend may update in place in both cases.
     """
     if rows is None:
-        new = _updated(conv_window, ssm_state, inputs, accepted)
-        if torch.is_grad_enabled():
-            return new
-        return conv_window.copy_(new[0]), ssm_state.copy_(new[1])  # pools keep their addresses, for CUDA graphs
+        return _updated(conv_window, ssm_state, inputs, accepted)
     window, state = _updated(conv_window[rows], ssm_state[rows], inputs, accepted)
     return write_slots(conv_window, rows, window), write_slots(ssm_state, rows, state)
+
+
+def update_pools(
+    conv_window: Tensor, ssm_state: Tensor, inputs: MambaStepInputs, accepted: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `state_update`, and always in place without autograd: CUDA graphs find the pools by their addresses."""
+    window, state = state_update(conv_window, ssm_state, inputs, accepted, rows)
+    if rows is not None or torch.is_grad_enabled():
+        return window, state
+    return conv_window.copy_(window), ssm_state.copy_(state)
 
 
 # --- parts, also used for a mixer over longer sequences --------------------------------------------------------------
