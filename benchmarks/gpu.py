@@ -97,6 +97,7 @@ def main(
         torch.set_num_threads(1)
         print(training.record_losses())
         return
+    out = out.resolve()  # a part may change its folder
     found = has_cuda()
     if device == "cuda" and not found:
         raise click.BadParameter("torch finds no GPU; to try it out: --device cpu --small", param_hint="--device")

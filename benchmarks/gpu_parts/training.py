@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,13 +42,14 @@ def run(setting: Setting, record: Record) -> None:
     share = record.left()
     apart(record, "losses", lambda: losses_as_recorded(setting, record), share * 0.2)
     apart(record, "steps", lambda: speeds(setting, record, share * 0.45), share * 0.5)
-    record.measure("a run, killed and resumed", lambda: killed_and_resumed(setting, record))
+    with tempfile.TemporaryDirectory(prefix="gpu-run-") as folder:
+        record.measure("a run, killed and resumed", lambda: killed_and_resumed(setting, record, Path(folder)))
 
 
 def apart(record: Record, what: str, work: Callable[[], None], seconds: float) -> None:
     """Calls `work` in a new process and kills it after `seconds`."""
     child = start(work)
-    status = wait_until(child, time.monotonic() + (60 if seconds <= 0 else seconds))
+    status = wait_until(child, time.monotonic() + seconds)
     if status is None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -167,13 +169,11 @@ def speed(world: fsdp.World, objective: Any, vocabulary: int, rows: int, length:
 # --- a real run -------------------------------------------------------------------------------------------------------
 
 
-def killed_and_resumed(setting: Setting, record: Record) -> Figures:
+def killed_and_resumed(setting: Setting, record: Record, folder: Path) -> Figures:
     """`twotower train`, killed after a checkpoint, and resumed by the same command.
 
     It trains on dialogues, if `--prepare` copied them, else on the suite's problems.
     """
-    folder = setting.out.parent / f"{setting.out.name}-run"
-    folder.mkdir(parents=True, exist_ok=True)
     data, directory = folder / "data.jsonl", folder / "run"
     if DIALOGUES.exists():
         data = DIALOGUES
