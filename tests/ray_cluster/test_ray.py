@@ -357,3 +357,30 @@ def test_serve_run(cluster: tuple[str, int], tmp_path: Path) -> None:
     finally:
         child.send_signal(signal.SIGINT)
         child.wait(SECONDS)
+
+
+HEALTH = """
+import asyncio
+from types import SimpleNamespace
+from twotower import LLM, AsyncLLM, bundled_model
+from twotower.model_loading import load_model
+from twotower.ray.replica import TwoTower
+from twotower.server.service import Service
+from twotower.server.settings import ServerSettings
+
+engine = AsyncLLM(LLM(load_model(bundled_model("small")), rows=1, length=64))
+replica = SimpleNamespace(service=Service(engine, ServerSettings(name="a")))
+asyncio.run(TwoTower.check_health(replica))
+engine.close()
+try:
+    asyncio.run(TwoTower.check_health(replica))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_the_health_check_is_that_of_the_engine() -> None:
+    found = subprocess.run(
+        [str(PYTHON), "-c", HEALTH], env=environment(), capture_output=True, text=True, check=False, timeout=SECONDS
+    )
+    assert found.stdout.strip() == "the engine is closed", found.stderr
