@@ -21,6 +21,7 @@ SOURCE = Path(twotower.__file__).parent
 PROGRAMS = {
     "cli/lm_eval.py", "cli/model_options.py", "cli/quantize.py", "cli/train.py",
     "evaluation/held_out.py", "recipes/small.py", "recipes/ablations.py", "recipes/stages.py", "recipes/page_trace.py",
+    "cli/batch_run.py", "ray/predictor.py", "ray/replica.py",  # the programs of a cluster
 }  # fmt: skip
 
 

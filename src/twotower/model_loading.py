@@ -68,17 +68,15 @@ def load_text_model(
     quantization: str | None = None,
     context_device: str | None = None,
     denoiser_device: str | None = None,
-    threads: int | None = None,
     one_tower: bool = False,
 ) -> TwoTowerForCausalLM:
-    """Configures the process for `threads` CPU threads and loads a model that has a tokenizer; see `load_model`.
+    """Loads a model that has a tokenizer; see `load_model`.
 
     consequence: ends the error message for a model without a tokenizer ("…, so CONSEQUENCE").
 
     Raises:
         TwoTowerError: as `load_model`, or the model has no tokenizer.
     """
-    process.configure_process(threads)
     model = load_model(
         source,
         towers=towers,

@@ -13,6 +13,7 @@ import click
 from twotower import model_loading
 from twotower.cli.terminal import status_line
 from twotower.decoding.modes import COMPARED_SETTINGS
+from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.decoding.params import Parameters
@@ -164,6 +165,7 @@ def load_text_model(
     """
     source = model_loading.source_of(model)
     with status(f"loading {model_loading.name_of(source)} …"):
+        configure_process(threads)
         loaded = model_loading.load_text_model(
             source,
             consequence,
@@ -172,7 +174,6 @@ def load_text_model(
             quantization=quantization,
             context_device=context_device,
             denoiser_device=denoiser_device,
-            threads=threads,
             one_tower=one_tower,
         )
     note = model_loading.dtype_note(loaded, dtype)

@@ -83,9 +83,11 @@ class TwoTowerPredictor:
         from twotower.decoding.presets import parse_setting
         from twotower.engine.jobs import longest_prompt
         from twotower.engine.llm import LLM
+        from twotower.process import configure_process
 
         values = parse_setting(setting).values | ({"deterministic": True} if deterministic else {})
         self.prompt_column = prompt_column
+        configure_process(threads)
         self.model = model_loading.load_text_model(
             model_loading.source_of(model),
             "prompts cannot be encoded; add a tokenizer",
@@ -93,7 +95,6 @@ class TwoTowerPredictor:
             quantization=quantization,
             context_device=context_device,
             denoiser_device=denoiser_device,
-            threads=threads,
         )
         self.longest = longest_prompt(self.model)
         self.shared = model_loading.job_parameters(self.model, values, max_new_tokens, seed)

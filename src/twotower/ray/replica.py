@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from twotower import model_loading
+from twotower.process import configure_process
 from twotower.ray.cluster import ActorSize, worker_environment
 from twotower.ray.replica_metrics import merged
 from twotower.server.app import create_app
@@ -32,6 +33,7 @@ class TwoTower:
 
     def __init__(self, options: ServiceOptions, door: Door) -> None:
         configure_logging()
+        configure_process(options.threads)
         source = model_loading.source_of(options.model)
         model = model_loading.load_text_model(
             source,
@@ -40,7 +42,6 @@ class TwoTower:
             quantization=options.quantization,
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
-            threads=options.threads,
             one_tower=True,
         )
         self.service = build_service(options, door, model, source, lambda text: print(text, file=sys.stderr))
