@@ -17,7 +17,7 @@ import pytest
 import torch
 from test_plugin import VERIFIED as VERIFIED_BACKBONES
 from vllm_models import RUN, save_family
-from vllm_process import DRAFTED, SPECULATIVE, VERIFIED, Vllm
+from vllm_process import DRAFTED, ROOT, SPECULATIVE, VERIFIED, Vllm
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.checkpoint.export import export_one_tower
@@ -40,7 +40,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Vllm:
 
 
 def dialogues(count: int) -> list[str]:
-    """Prompts of the kind that the bundled models were trained on, of 17 to about 630 tokens."""
+    """Prompts of the kind that the bundled models were trained on, of 16 to 663 tokens."""
     rng = random.Random(0)
     turns = [
         "User: I want to book a table for {} in San Jose.", "Assistant: What time do you want to eat?",
@@ -75,6 +75,17 @@ def compare(title: str, found: Sequence[list[int]], expected: Sequence[list[int]
     equal = sum(own == other for own, other in zip(found, expected, strict=True))
     print(f"\n{title}: {equal} of {len(expected)} texts equal")
     assert equal == len(expected)
+
+
+def test_the_wheel(vllm: Vllm) -> None:
+    """It has every module of the sources, the marker of types and the entry point."""
+    installed, sources = (
+        {file.name for file in folder.iterdir() if file.suffix in (".py", ".typed")}
+        for folder in (vllm.site / "twotower_vllm", ROOT / "integrations/vllm/twotower_vllm")
+    )
+    assert installed == sources
+    (points,) = vllm.site.glob("twotower_vllm-*.dist-info/entry_points.txt")
+    assert points.read_text().split() == ["[vllm.general_plugins]", "twotower", "=", "twotower_vllm:register"]
 
 
 # --- over HTTP ------------------------------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def test_rollback_on_a_cpu(vllm: Vllm, tmp_path: Path) -> None:
     jobs = [
         {"model": str(own), "options": options, "prompts": prompts, "new": 32} for own in (tmp_path / "plain", path)
     ]
-    plain, mended = vllm.run(jobs, tmp_path)
+    plain, mended = (vllm.run([job], tmp_path)[0] for job in jobs)  # numba compiles n-grams once a process
     expected = greedy(model, prompts, 32)
     wrong = sum(own != other for own, other in zip(plain["texts"], expected, strict=True))
     print(f"\nn-gram drafts without the replaced steps: {wrong} of 24 texts differ")

@@ -36,7 +36,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     import_class(job["model"])
     model = LLM(
-        model=job["model"], dtype="float32", max_model_len=512, enforce_eager=True, disable_log_stats=False,
+        model=job["model"], dtype="float32", enforce_eager=True, disable_log_stats=False,
         **job["options"],
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True)
