@@ -21,9 +21,7 @@ def sides(choices: dict[str, tuple[object, ...]]) -> Iterator[dict[str, Any]]:
     """Each value that is not the default, as keyword arguments of `options.override`."""
     fields = {one.name: one for one in dataclasses.fields(options.Options)}
     for name, values in choices.items():
-        if name in fields:
-            allowed = options.variable_of(fields[name]).kind.fits
-            yield from ({name: value} for value in values if allowed(value) and value != fields[name].default)
+        yield from ({name: value} for value in values if value != fields[name].default)
 
 
 def title(side: dict[str, Any]) -> str:
