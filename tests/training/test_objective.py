@@ -334,7 +334,7 @@ class _Reading(nn.Module):
 
     def forward(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, ...]:
         out, past = read_mamba(self.mixer, hidden, layout)
-        return out, *past
+        return out, *past.gathered()
 
 
 @pytest.mark.parametrize(("tied", "activation_checkpointing"), [(False, False), (False, True), (True, True)])
