@@ -41,12 +41,19 @@ GPUModelRunner.propose_draft_token_ids = _propose_with_runner
 
 
 class DenoiserProposer:
-    """The proposer that vLLM makes. runner: the model runner that calls it, with the states of the texts."""
+    """The proposer that vLLM makes. runner: the model runner that calls it, with the states of the texts.
+
+    Raises:
+        ValueError: the model is not a two-tower checkpoint.
+    """
 
     drafter: DenoiserDrafter
     runner: GPUModelRunner
 
     def __init__(self, vllm_config: VllmConfig) -> None:
+        model_config = vllm_config.model_config
+        if not hasattr(model_config.hf_config, SOURCE):
+            raise ValueError(f"{model_config.model} is not a two-tower checkpoint; leave out --speculative-config")
         self.config = vllm_config
         self.length = int(vllm_config.speculative_config.num_speculative_tokens)
 
