@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from benchmark_parts import BENCHMARKS, load
+from tiny_backbones import two_tower
 from torch import Tensor, nn
 
 from twotower.config import TwoTowerConfig
@@ -61,6 +63,23 @@ def test_a_pass_reads_nothing_from_the_device_and_launches_no_more_kernels(kind:
     for name, count in found.kernels().items():
         limit = LIMITS[kind][name]
         assert 0.5 * limit < count <= limit, f"{name}: {count} kernels, and the limit is {limit}"
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "granitemoehybrid", "gemma3_text"])
+@pytest.mark.parametrize("kind", LIMITS)
+def test_a_pass_of_other_backbones_reads_nothing_from_the_device(name: str, kind: str, parts: tuple[Any, Any]) -> None:
+    """Rows of conversations with weighted and aligned losses: no tensor of the pass stays on the host either."""
+    counts, train = parts
+    spec = two_tower(name, torch.float32).context.spec
+    objective = counts.objective_without_storage(kind, spec, torch.bfloat16)
+    if kind != "ar":
+        recipe = replace(objective.options.recipe, position_decay=4.0, alignment=0.1)
+        objective.options = replace(objective.options, recipe=recipe)
+    plain = train.packed(2, 4 * BLOCK, spec.vocab_size)
+    filler = (torch.arange(4 * BLOCK) % (2 * BLOCK) >= 2 * BLOCK - 3).expand(2, -1)
+    found = counts.count_pass(objective, replace(plain, filler=filler, target=~filler), BLOCK)
+    assert found.host_reads() == {"forward": 0, "backward": 0, "norm": 0}
+    assert found.kernels()["backward"] > 100
 
 
 def test_one_process_adds_host_values_without_its_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -208,6 +209,7 @@ def backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
 
 def set_determinism(settings: RunSettings) -> None:
     if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, torch refuses matrix products on CUDA
         torch.use_deterministic_algorithms(True)
 
 

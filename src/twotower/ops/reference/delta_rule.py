@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.ops.reference.running_sum import running_sum
 from twotower.ops.reference.ssd import final_state, ssd_block
 
 
@@ -58,7 +59,7 @@ def written_terms(inputs: DeltaInputs, restarts: Tensor | None = None) -> Writte
     """
     k, v = inputs.k, inputs.v
     length, each = k.shape[1], v.shape[2] // k.shape[2]
-    decay = inputs.log_decay.cumsum(1).transpose(1, 2)  # (B, H, L), from the start of the block
+    decay = running_sum(inputs.log_decay, 1).transpose(1, 2)  # (B, H, L), from the start of the block
     weight = inputs.beta.transpose(1, 2)[..., None]  # (B, H, L, 1)
     seen = decay.exp() if restarts is None else decay.exp() * (restarts == 0)[:, None]
     keys = k.repeat_interleave(each, 2).transpose(1, 2) * (weight * seen[..., None])
@@ -98,7 +99,7 @@ def pass_states(
     """
     heads, width, size = *terms.values.shape[2:], terms.keys.shape[3]
     chunks = len(terms.values) // rows
-    decay = inputs.log_decay.cumsum(1)
+    decay = running_sum(inputs.log_decay, 1)
     total = decay[:, -1:]
     fed, remains = ((total - decay).exp() * inputs.dt)[..., None], total.exp()[..., None]  # at the end of the chunk
     if restarts is not None:

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.ops.reference.running_sum import running_sum
+
 
 def ssd_block(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> Tensor:
     """One chunk, starting from `state` (None: zeros) → y (B, L, H, P). Does not compute the state after the chunk."""
     groups, heads_per_group = B.shape[2], x.shape[2] // B.shape[2]
-    decay = log_decay.cumsum(1).transpose(1, 2)  # (B, H, L), from the chunk's start
+    decay = running_sum(log_decay, 1).transpose(1, 2)  # (B, H, L), from the chunk's start
     scores = torch.einsum("blgn,bmgn->bglm", C, B).repeat_interleave(heads_per_group, 1)  # (B, H, L, L)
     weights = scores * _causal_decay(decay) * dt.transpose(1, 2)[:, :, None]
     y = (weights @ x.transpose(1, 2)).transpose(1, 2)  # (B, L, H, P)
@@ -36,7 +38,7 @@ def ssd_block(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, st
 def final_state(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
     """The SSM state after the L tokens → (B, H, P, N), in one matrix product over L."""
     groups, heads_per_group = B.shape[2], x.shape[2] // B.shape[2]
-    decay = log_decay.cumsum(1)  # (B, L, H)
+    decay = running_sum(log_decay, 1)  # (B, L, H)
     total = decay[:, -1:]
     fed = x * ((total - decay).exp() * dt)[..., None]  # (B, L, H, P), decayed to the end of the block
     new = torch.einsum("blgkp,blgn->bgkpn", fed.unflatten(2, (groups, heads_per_group)), B).flatten(1, 2)
@@ -88,7 +90,7 @@ def pass_states(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Tens
     # `within` has only contributions of the chunk's own group: add those of earlier groups.
     ends, whole = within[:, -1].unflatten(0, (rows, groups)), decay.sum(1).unflatten(0, (rows, groups))
     carried = pass_states(ends, whole, None).flatten(0, 1)
-    spread = decay.cumsum(1).exp()[..., None, None] * carried[:, None]
+    spread = running_sum(decay, 1).exp()[..., None, None] * carried[:, None]
     states: Tensor = (within + spread).unflatten(0, (rows, groups)).flatten(1, 2)[:, :n]
     return states
 
@@ -127,5 +129,5 @@ def _segment_decay(passing: Tensor) -> Tensor:
     ones = torch.ones(n, n, dtype=torch.bool, device=passing.device)
     # (i, k): the step into chunk k counts for chunk i if k ≤ i; the sum over k in (j, i] is a reversed cumulative sum.
     spread = passing[..., None, :].expand(*passing.shape[:-1], n, n).masked_fill(ones.triu(1), 0.0)
-    sums = F.pad(spread.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+    sums = F.pad(running_sum(spread.flip(-1), -1).flip(-1)[..., 1:], (0, 1))
     return sums.masked_fill(ones.triu(1), -torch.inf).exp()
