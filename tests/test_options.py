@@ -33,6 +33,8 @@ FOREIGN = {
     "options.py": "",
     "cli/main.py": "TERM, of the terminal",
     "cli/terminal.py": "TERM, of the terminal",
+    "ray/cluster.py": "RAY_ADDRESS, of Ray, and what actors inherit",
+    "training/runs.py": "CUBLAS_WORKSPACE_CONFIG, which torch needs for --deterministic",
     "training/fsdp.py": "RANK and LOCAL_RANK, set by torchrun for each process",
     "training/data/records.py": "USERNAME, where the system has no getuid",
 }

@@ -20,10 +20,10 @@ from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import LayerPair, run_unit
 from twotower.training.logits import in_chunks
 from twotower.training.noise import Corruption
-from twotower.training.pass_inputs import PassInputs
 from twotower.training.patterns import draw_masks
 from twotower.training.recipe import ADAPTER_RECIPE, Recipe
 from twotower.training.targets import Examples, log_probabilities, loss_of, target_losses
+from twotower.training.training_inputs import TrainingInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,10 @@ class AdapterObjective(nn.Module):
             losses = losses * inputs.weights.to(losses.dtype)
         return losses.sum()
 
-    def _inputs(self, batch: Batch, noise: Corruption, block_size: int) -> PassInputs:
+    def _inputs(self, batch: Batch, noise: Corruption, block_size: int) -> TrainingInputs:
         masks, wanted = noise.stacked, wanted_columns(batch, noise, block_size, 1, gated=True)
         chosen = blocks_with_masks(masks, block_size)
-        return PassInputs.of(
+        return TrainingInputs.of(
             batch,
             noise,
             chosen,
@@ -101,7 +101,7 @@ class AdapterObjective(nn.Module):
             device=self.embeddings.weight.device,
         )
 
-    def hidden(self, inputs: PassInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    def hidden(self, inputs: TrainingInputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """→ final hidden states at the trained columns (n, H), of the adapted and of the plain tower; and with
         alignment the mean 1 − cosine (n,) of all layers."""
         layout, columns = inputs.layout, inputs.columns

@@ -31,10 +31,10 @@ from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import AutoregressiveLayer, LayerPair, pair_layers, run_pair, run_unit
 from twotower.training.logits import negative_log_likelihood
 from twotower.training.noise import Corruption, NoiseScope
-from twotower.training.pass_inputs import NextTokens, PassInputs
 from twotower.training.patterns import draw_masks
 from twotower.training.recipe import AS_RELEASED, Recipe
 from twotower.training.targets import Examples, Targets, loss_of, target_losses
+from twotower.training.training_inputs import NextTokens, TrainingInputs
 
 Result = TypeVar("Result")
 
@@ -239,10 +239,10 @@ class DenoisingObjective(nn.Module):
         """
         return function(*self.hidden(batch, noise, block_size))
 
-    def _inputs(self, batch: Batch, noise: Corruption, block_size: int) -> PassInputs:
+    def _inputs(self, batch: Batch, noise: Corruption, block_size: int) -> TrainingInputs:
         masks, wanted = noise.stacked, self._wanted(batch, noise, block_size)
         chosen = blocks_with_masks(masks, block_size)
-        return PassInputs.of(
+        return TrainingInputs.of(
             batch,
             noise,
             chosen,
@@ -254,7 +254,7 @@ class DenoisingObjective(nn.Module):
             device=self.embeddings.weight.device,
         )
 
-    def _streams(self, inputs: PassInputs, aligned: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _streams(self, inputs: TrainingInputs, aligned: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """→ the results of `hidden`; and if `aligned`, with alignment the mean 1 − cosine (n,) of all layers."""
         layout = inputs.layout
         change = self._modulations(inputs.t)
@@ -263,7 +263,7 @@ class DenoisingObjective(nn.Module):
         clean, noisy, apart = self._run_units(self._embed(inputs), change, layout, columns)
         return layout.to_rows(self.norm_f(noisy)), clean, torch.stack(apart).mean(0) if apart else None
 
-    def _embed(self, inputs: PassInputs) -> tuple[Tensor, Tensor]:
+    def _embed(self, inputs: TrainingInputs) -> tuple[Tensor, Tensor]:
         """Both residual streams before the first layer."""
         with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
             clean = self.context.embed(inputs.tokens)

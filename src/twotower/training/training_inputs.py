@@ -34,7 +34,7 @@ class NextTokens:
 
 
 @dataclass(frozen=True)
-class PassInputs:
+class TrainingInputs:
     """The inputs of a denoising pass, on one device.
 
     tokens: (B, S), the clean rows. noisy: (N, L), the chosen blocks with masks. t: (N,), their noise levels. columns:
@@ -62,7 +62,7 @@ class PassInputs:
         shift: int,
         mask_token: int,
         device: torch.device,
-    ) -> PassInputs:
+    ) -> TrainingInputs:
         """Computes the inputs where the batch is, and sends them to the device.
 
         chosen: the blocks that are read. prefix: see `Layout`. wanted, weights: (copies·B, S), of `columns`.
