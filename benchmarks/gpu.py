@@ -17,6 +17,7 @@ without a prefill. No part needs a compiler, a network or an installed package o
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -97,7 +98,13 @@ def main(
         torch.set_num_threads(1)
         print(training.record_losses())
         return
+    if not all(math.isfinite(value) for value in (minutes, memory or 0.0)):
+        raise click.UsageError(f"--minutes is {minutes} and --memory is {memory}; give finite numbers")
     out = out.resolve()  # a part may change its folder
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"{out}: {error.strerror}; give another folder", param_hint="--out") from None
     found = has_cuda()
     if device == "cuda" and not found:
         raise click.BadParameter("torch finds no GPU; to try it out: --device cpu --small", param_hint="--device")

@@ -56,7 +56,8 @@ def test_the_image_starts_a_server() -> None:
     assert (values["host"], values["port"]) == ("0.0.0.0", 8000)
     assert (source_of(values["model"]), values["model"]) == (source_of("bundled/adapters"), "bundled/adapters")
     (check,) = re.findall(r"^ +CMD (.*)$", DOCKERFILE, re.MULTILINE)
-    assert "http://127.0.0.1:8000/ready" in json.loads(check)[2]
+    assert "'127.0.0.1', 8000" in json.loads(check)[2]
+    assert "'GET', '/ready'" in json.loads(check)[2]
     assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.MULTILINE)
     drain = next(option.default for option in serve.params if option.name == "drain")
     assert int(COMPOSE["services"]["server"]["stop_grace_period"].removesuffix("s")) > drain

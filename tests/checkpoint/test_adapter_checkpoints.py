@@ -285,7 +285,10 @@ def test_init_writes_choices_and_info_shows_them(
     ("options", "words"),
     [
         ((*TOWER, "--adapter-gate", "everywhere"), "adapter_gate is 'everywhere', and the denoiser is a second tower"),
-        (("--prediction-shift", "0"), "need prediction_shift 1 and block_attention"),
+        (("--prediction-shift", "0"), "--prediction-shift 0 does not go with adapters at masks"),
+        (("--first-from-ar",), "--first-from-ar does not go with adapters at masks"),
+        (("--block-attention", "full"), "leave it out, or give --adapter-gate everywhere or --denoiser tower"),
+        (("--draft-head", "4", "--adapter-gate", "everywhere"), "leave out --adapter-gate everywhere or --draft-head"),
         ((*TOWER, "--first-from-ar", "--prediction-shift", "1"), "first_from_ar needs prediction_shift 0"),
         ((*TOWER, "--denoiser-lora", "4"), "--denoiser is tower, and --denoiser-lora makes adapters"),
         ((*TOWER, "--adapters", "x"), "--denoiser is tower, and --adapters makes adapters"),

@@ -99,7 +99,8 @@ def test_errors_are_one_line(made: Path, golden_dir: Path, tmp_path: Path, cli: 
     refused("-o", new, "--scheme", "none", said="the plan 'none' quantises no weight of")
     refused("-o", new, said="--scheme")
     refused(tmp_path / "absent", "-o", new, "--scheme", "int8", said="no such directory")
-    refused("-o", new, "--scheme", "int8", "--max-shard-size", "big", said="max_shard_size is 'big'")
+    for size in ("big", "infGB", "-5GB", "0", "1e400GB"):
+        refused("-o", new, "--scheme", "int8", f"--max-shard-size={size}", said=f"max_shard_size is '{size}'")
     source = tmp_path / "source"
     shutil.copytree(golden_dir / "tiny-hybrid", source, ignore=shutil.ignore_patterns("golden*"))
     refused(source, "-o", source, "--overwrite", "--scheme", "int8", said="contains the source checkpoint")

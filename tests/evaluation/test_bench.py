@@ -124,7 +124,7 @@ def test_prompts_of_files_are_measured(cli: Callable[..., Result], tmp_path: Pat
     assert measured[0]["context"] == len(TwoTowerForCausalLM.from_pretrained(bundled_model()).tokenizer(
         "Add: 10 + 23 =>")["input_ids"])  # fmt: skip
     assert "sums: 1 row" in result.err
-    assert_one_line_error(cli(*shared, *files[:2], "-b", "2"), "has 3 prompts, and 2 batches of 2 need 4")
+    assert_one_line_error(cli(*shared, *files[:2], "-b", "2"), "has 3 prompts, and --batches 2 of --rows 2 need 4")
     assert_one_line_error(cli(*shared, *files[2:]), "chat template")
     (tmp_path / "sums.jsonl").write_text('{"prompt": "Add"}\n{"prompt": 7}\n')
     assert_one_line_error(cli(*shared, *files[:2]), "line 2")

@@ -191,8 +191,8 @@ def _prepared(
     given = mask_token if stored is None else stored.mask_token_id
     if shape is not None and denoiser.adapters is not None:
         raise ArgumentError(
-            "denoiser_layers and denoiser_feed_forward describe a second tower, and the denoiser is adapters; leave "
-            "them or the adapters out",
+            "--denoiser-layers and --denoiser-feed-forward describe a second tower, and the denoiser is adapters; "
+            "leave them out, or leave out --denoiser adapters, --denoiser-lora and --adapters",
             param="denoiser_layers",
         )
     mask = choose_mask_token(given, config, tower.defaults, tower.tokenizer)

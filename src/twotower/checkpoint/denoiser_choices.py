@@ -48,19 +48,17 @@ class DenoiserChoices:
         """The denoiser with new adapters of a rank, or a second tower.
 
         Raises:
-            ArgumentError: a gate or a draft head without adapters.
+            ArgumentError: a gate or a draft head without adapters, or choices that do not go with the gate.
             ConfigError: the choices exclude each other.
         """
-        if rank is None and self.adapter_gate is not None:
+        if rank is None:
+            self._check_tower()
+        elif self.adapter_gate != "everywhere":
+            self._check_masks()
+        elif self.draft_head is not None:
             raise ArgumentError(
-                f"adapter_gate is {self.adapter_gate!r}, and the denoiser is a second tower; give the rank of adapters "
-                "with --denoiser-lora, or leave out --adapter-gate",
-                param="adapter_gate",
-            )
-        if rank is None and self.draft_head is not None:
-            raise ArgumentError(
-                f"draft_head is {self.draft_head}, and the denoiser is a second tower; give the rank of adapters with "
-                "--denoiser-lora, or leave out --draft-head",
+                f"draft_head is {self.draft_head}, and needs adapters that act at masks; leave out --adapter-gate "
+                "everywhere or --draft-head",
                 param="draft_head",
             )
         usual = DenoiserConfig() if rank is None else DenoiserConfig.with_adapters(rank, self.adapter_gate or "masks")
@@ -71,6 +69,28 @@ class DenoiserChoices:
             first_from_ar=self.first_from_ar,
             draft_head=None if self.draft_head is None else DraftHeadConfig(self.draft_head),
         )
+
+    def _check_tower(self) -> None:
+        for name, value in (("adapter_gate", self.adapter_gate), ("draft_head", self.draft_head)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{name} is {value!r}, and the denoiser is a second tower; leave out --{name.replace('_', '-')}, "
+                    "or the options of a second tower (--denoiser tower, --denoiser-layers, --denoiser-feed-forward)",
+                    param=name,
+                )
+
+    def _check_masks(self) -> None:
+        refused = {
+            "--first-from-ar": self.first_from_ar,
+            "--prediction-shift 0": self.prediction_shift == 0,
+            "--block-attention full": self.block_attention == "full",
+        }
+        for option, given in refused.items():
+            if given:
+                raise ArgumentError(
+                    f"{option} does not go with adapters at masks, whose shift is 1 and whose attention is "
+                    f"prefix_causal; leave it out, or give --adapter-gate everywhere or --denoiser tower"
+                )
 
 
 NO_CHOICES = DenoiserChoices()

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from twotower.byte_units import parse_bytes
 from twotower.errors import ArgumentError
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -59,15 +60,15 @@ def write_shards(
         ArgumentError: max_shard_size is not a size.
     """
     by_name = {entry.name: entry for entry in to_write}
-    try:
-        plan = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda entry: entry.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError:
-        raise ArgumentError(f"max_shard_size is {max_shard_size!r}; give bytes or a size such as 5GB") from None
+    most = parse_bytes(max_shard_size)
+    if most is None:
+        raise ArgumentError(f"max_shard_size is {str(max_shard_size)!r}; give bytes above 0, or a size such as 5GB")
+    plan = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most,
+    )
     for file, names in plan.filename_to_tensors.items():
         write_file(directory / file, [by_name[name] for name in names], written)
     if plan.is_sharded:

@@ -243,7 +243,7 @@ def serve_replicas(options: ServiceOptions, door: Door, address: Address, replic
     name = options.name[0] if options.name else Path(source_of(options.model)).name
 
     def listening(url: str) -> None:
-        capacity = f"{replicas} replicas of {options.rows} sequences at once"
+        capacity = f"{replicas} {'replica' if replicas == 1 else 'replicas'} of {options.rows} sequences at once"
         click.echo(_greeting(name, url, door.root_path, capacity), err=True)
 
     run_replicas(options, door, replicas, address.host, address.port, address.drain, listening)

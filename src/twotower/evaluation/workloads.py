@@ -60,8 +60,8 @@ def file_workloads(
         for rows in batch_sizes:
             if len(texts) < rows * batches:
                 raise ArgumentError(
-                    f"{file}: has {len(texts)} prompts, and {batches} batches of {rows} need {rows * batches}; "
-                    "give more prompts, or fewer --batches"
+                    f"{file}: has {len(texts)} prompts, and --batches {batches} of --rows {rows} need "
+                    f"{rows * batches}; give more prompts, or smaller numbers"
                 )
             yield Workload(rows, texts[: rows * batches], file.stem)
 
