@@ -22,7 +22,7 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.moe import Experts, MoE
 from twotower.model.tower import Tower
 from twotower.ops.reference.attention import CachedKV
-from twotower.ops.reference.experts import experts_gathered
+from twotower.ops.reference.experts import experts_at_once
 from twotower.ops.reference.mamba_block import state_update
 from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, TowerSpec
 
@@ -63,7 +63,7 @@ class GatheredExperts(nn.Module):
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         own = self.experts
         gate = own.gate_proj if own.gated else None
-        return experts_gathered(hidden, choice, weight, gate, own.up_proj, own.down_proj, own.activation)
+        return experts_at_once(hidden, choice, weight, gate, own.up_proj, own.down_proj, own.activation)
 
 
 def traceable(tower: Tower) -> Tower:

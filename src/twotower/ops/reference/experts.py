@@ -109,13 +109,35 @@ def experts_gathered(
 
     Copies at most GATHERED values of a projection at a time.
     """
-    each = max(GATHERED // up[0].numel(), 1)
-    x = hidden.repeat_interleave(topk_ids.shape[1], 0)[:, :, None]  # (T·k, H, 1)
+    each, pairs = max(GATHERED // up[0].numel(), 1), topk_ids.numel()
+    if pairs <= each:
+        return experts_at_once(hidden, topk_ids, weight, gate, up, down, activation)
+    x = _rows_of_pairs(hidden, topk_ids)
     parts = [
-        expert_mlp(rows, gate, up, down, activation, partial(_product_of_pairs, pairs=pairs))
-        for rows, pairs in zip(x.split(each), topk_ids.flatten().split(each), strict=True)
+        expert_mlp(rows, gate, up, down, activation, partial(_product_of_pairs, pairs=own))
+        for rows, own in zip(x.split(each), topk_ids.flatten().split(each), strict=True)
     ]
-    return weighted_sum((parts[0] if len(parts) == 1 else torch.cat(parts))[..., 0], weight)
+    return weighted_sum(torch.cat(parts)[..., 0], weight)
+
+
+def experts_at_once(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+) -> Tensor:
+    """`experts_gathered` in one part. No shape decides what is computed, so a trace is valid for any T."""
+    product = partial(_product_of_pairs, pairs=topk_ids.flatten())
+    out = expert_mlp(_rows_of_pairs(hidden, topk_ids), gate, up, down, activation, product)
+    return weighted_sum(out[..., 0], weight)
+
+
+def _rows_of_pairs(hidden: Tensor, topk_ids: Tensor) -> Tensor:
+    """The tokens (T, H), once for each of their experts (T, k) → (T·k, H, 1)."""
+    return hidden.repeat_interleave(topk_ids.shape[1], 0)[:, :, None]
 
 
 def _product_of_pairs(x: Tensor, matrices: Tensor, pairs: Tensor) -> Tensor:
