@@ -7,6 +7,9 @@ must not change a process, so no other module calls `mallopt` or `torch.set_num_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from twotower import options
 
 # Smaller models gain nothing from a second thread. On a busy machine, waiting for the thread made them 3× slower.
@@ -43,3 +46,23 @@ def _set_threads(count: int) -> None:
     import torch
 
     torch.set_num_threads(count)
+
+
+@contextmanager
+def without_messages(logger: str) -> Iterator[None]:
+    """Hides warnings, and what this logger says below an error, while the block runs.
+
+    For parts of torch whose messages concern torch itself: its ONNX exporter, and checkpoints of a single process.
+    """
+    import logging  # here, because the start of the command line needs neither
+    import warnings
+
+    own = logging.getLogger(logger)
+    before = own.level
+    own.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        own.setLevel(before)

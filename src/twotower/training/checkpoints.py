@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import shutil
-import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -28,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # not an Excep
 
 from twotower.errors import TwoTowerError
 from twotower.file_writes import sync
+from twotower.process import without_messages
 from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
 from twotower.training.old_names import LOADER_STATE, with_present_names
@@ -55,7 +53,7 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderSta
             partial.mkdir()
 
     def write_tensors() -> None:
-        with _quiet():
+        with without_messages("torch.distributed.checkpoint"):
             dcp.save(tensors, checkpoint_id=str(partial))
 
     def write_rows() -> dict[str, tuple[int, int]]:
@@ -132,7 +130,7 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, Loa
         TwoTowerError: the checkpoint belongs to another model.
     """
     try:
-        with _quiet():
+        with without_messages("torch.distributed.checkpoint"):
             dcp.load(tensors, checkpoint_id=str(path))
     except CheckpointException as error:
         raise TwoTowerError(
@@ -227,17 +225,3 @@ def _reason(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     error = cause or error
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences torch's warnings about checkpoints of a single process and about its own deprecated functions."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

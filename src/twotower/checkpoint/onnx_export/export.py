@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.json_text import JsonObject
 from twotower.model.towers import TwoTowerModel
+from twotower.process import without_messages
 from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
 from twotower.version import VERSION
@@ -208,7 +206,7 @@ def write(graph: Graph, path: Path, spec: TowerSpec) -> None:
         arguments.append(state)
         dynamic.append([None if 0 not in shapes[name] else {GROWS: text} for name in graph.state])
     after = [f"next_{name}" for name in graph.state] if graph.returns_state else []
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), without_messages("torch.onnx"):
         torch.onnx.export(
             graph.module.eval(),
             tuple(arguments),
@@ -220,17 +218,3 @@ def write(graph: Graph, path: Path, spec: TowerSpec) -> None:
             external_data=False,
             verbose=False,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks of the exporter, which concern its own packages."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
