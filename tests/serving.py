@@ -148,6 +148,10 @@ class RunningServer:
             for one in family.samples
         }
 
+    def finish_requests(self) -> None:
+        """Waits until the server has counted and logged all requests: a client has its answer before that."""
+        wait_until(lambda: not self.server.server_state.tasks, "a request does not end")
+
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
 
@@ -176,6 +180,9 @@ class RunningServer:
         )
 
 
+RUNNING: list[RunningServer] = []
+
+
 @contextmanager
 def serving(
     rows: int = 4,
@@ -200,9 +207,11 @@ def serving(
     thread.start()
     assert listens.wait(TIMEOUT)
     served = RunningServer(server, service, found[0])
+    RUNNING.append(served)
     try:
         yield served
     finally:
+        RUNNING.remove(served)
         served.step_gate.allow(None)
         server.should_exit = True
         thread.join(TIMEOUT)
@@ -236,7 +245,9 @@ def texts_of(events: list[dict[str, Any]]) -> dict[int, str]:
 
 @contextmanager
 def captured_log() -> Iterator[list[dict[str, Any]]]:
-    """The server's log lines while the context is open."""
+    """The log lines of the servers while the context is open, without those of requests before it."""
+    for served in RUNNING:
+        served.finish_requests()
     lines: list[dict[str, Any]] = []
 
     class Keep(logging.Handler):

@@ -77,6 +77,7 @@ def test_the_dashboard_of_grafana_reads_these_metrics(served: RunningServer) -> 
 
 
 def test_histograms_of_choices(served: RunningServer) -> None:
+    served.finish_requests()
     counts = served.counts()
     assert counts["twotower_queue_seconds_count",] == 3
     assert counts["twotower_time_to_first_token_seconds_count",] == 2  # one choice has no tokens
@@ -95,6 +96,7 @@ def test_histograms_of_choices(served: RunningServer) -> None:
 
 def test_queue_time_is_the_time_before_a_slot(served: RunningServer) -> None:
     """With one slot, the second choice waits until the first one ends."""
+    served.finish_requests()
     before = served.counts()["twotower_queue_seconds_sum",]
     with ThreadPoolExecutor(2) as pool, served.step_gate.closed():
         asked = [pool.submit(served.complete, mode="ar", max_tokens=2) for _ in range(2)]
@@ -102,6 +104,7 @@ def test_queue_time_is_the_time_before_a_slot(served: RunningServer) -> None:
         served.step_gate.wait_blocked()
         served.step_gate.allow(None)
         assert [found.result().status_code for found in asked] == [200, 200]
+    served.finish_requests()
     counts = served.counts()
     assert counts["twotower_queue_seconds_sum",] > before
     assert counts["vllm:request_queue_time_seconds_sum",] == pytest.approx(counts["twotower_queue_seconds_sum",])

@@ -374,7 +374,7 @@ def test_a_disconnect_aborts_the_request(bundled: RunningServer, stream: bool) -
             bundled.step_gate.wait_blocked()
         bundled.step_gate.allow(3)
         wait_until(bundled.is_idle)
-    wait_until(lambda: any(line.get("path") == PATH for line in lines))
+        wait_until(lambda: any(line.get("path") == PATH for line in lines))
 
 
 def test_the_log_has_the_prompt_only_if_asked(served: RunningServer) -> None:

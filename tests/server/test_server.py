@@ -759,12 +759,12 @@ def test_an_internal_error_is_500_and_logged(served: RunningServer, monkeypatch:
         raise Broken("a secret of the server")
 
     monkeypatch.setattr(served.service._builder, "build", broken)
+    served.finish_requests()
     before = served.counts().get(("twotower_requests_total", BOTH[0], "500"), 0)
     with captured_log() as lines:
         answer = served.complete()
         number = answer.headers["x-request-id"]
-        # The response can arrive before the server has counted and logged it.
-        wait_until(lambda: any(line["event"] == "request" and line["id"] == number for line in lines))
+        served.finish_requests()
     assert "secret" not in answer.text
     assert_error(answer, None, 500)
     assert served.counts()["twotower_requests_total", BOTH[0], "500"] == before + 1

@@ -440,6 +440,7 @@ def test_metrics() -> None:
         results += [expected_output("the quick", seed=seed, max_tokens=3) for seed in (1, 2)]
         served.complete(5)
         served.get("/nothing")
+        served.finish_requests()
         counts = served.counts()
     assert counts["twotower_requests_total", PATH, "200"] == 3
     assert counts["twotower_requests_total", PATH, "400"] == 1
