@@ -146,7 +146,7 @@ def test_the_stages_for_smollm2_follow_from_each_other(
     monkeypatch.setattr(smollm2, "weights", lambda: tmp_path / "weights.gguf")
     monkeypatch.setattr(smollm2, "COUNTS", {"suite": 24, "json": 10, "gsm8k": 20, "broad": 50})
     monkeypatch.setattr(smollm2, "HELD_OUT", 40)
-    stages = smollm2.stages(corpora, tmp_path, {"adapters": 9}, 1)
+    stages = smollm2.stages(corpora, tmp_path, {"adapters": 9, "drafter": 9}, 1)
     assert [stage.name for stage in stages] == list(smollm2.STAGES)
     smollm2.write_prompts(corpora, tmp_path)
     training = set((tmp_path / "prompts.jsonl").read_text().splitlines())
@@ -159,7 +159,7 @@ def test_the_stages_for_smollm2_follow_from_each_other(
     smollm2.answer(tmp_path)
     smollm2.measure(tmp_path)
     seen += [list(stage.work) for stage in stages if not callable(stage.work)]
-    assert len(seen) == len(KINDS) + 4
+    assert len(seen) == len(KINDS) + 7
     for command in seen:
         assert command_problem(shlex.join(["twotower", *command])) is None, command
-    assert (tmp_path / "figures.json").read_text() == "{}"
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"adapters": {}, "drafter": {}}

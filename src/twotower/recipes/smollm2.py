@@ -4,6 +4,8 @@
     start      twotower init: adapters and a draft head on the weights of the GGUF → OUT/start
     answers    twotower generate-data: the model's own greedy answers              → OUT/answers.jsonl, valid_KIND.jsonl
     adapters   twotower train                                                      → OUT/adapters/model
+    layers     twotower init: a second tower with 8 of the 30 layers               → OUT/layers
+    drafter    twotower train, on the same answers                                 → OUT/drafter/model
     figures    twotower bench: verified decoding beside AR for each kind of prompt → OUT/figures.json
 
 CORPORA is the folder of the data sets that `chat_prompts` names. The weights are the GGUF file of the package
@@ -26,17 +28,20 @@ from twotower.recipes.chat_prompts import KINDS, chat_prompts
 from twotower.recipes.stages import RecipeStage, recipe_command
 
 SEED = 1
-STAGES = ("prompts", "start", "answers", "adapters", "figures")
-STEPS = {"adapters": 380}
+STAGES = ("prompts", "start", "answers", "adapters", "layers", "drafter", "figures")
+STEPS = {"adapters": 380, "drafter": 380}
 COUNTS = {"suite": 2500, "json": 1000, "gsm8k": 1500, "broad": 4000}  # of the prompts to draw from
 HELD_OUT = 400  # prompts that are not trained on
 MEASURED = 40  # of them, of each kind
 TRAINED = 2183  # prompts: about 0.4 million tokens with their answers
 NEW_TOKENS = "160"
 MASK_TOKEN = "<empty_output>"  # a token of the vocabulary that no text has
-RANK, HEAD_RANK = "16", "32"
+ADAPTERS = ["--denoiser-lora", "16", "--draft-head", "32"]
+DRAFTER = ["--denoiser", "tower", "--denoiser-layers", "every:4"]
+DRAFTER += ["--prediction-shift", "1", "--block-attention", "prefix_causal"]
+LEARNING_RATES = {"adapters": "2e-3", "drafter": "8e-4"}
 # Blocks of 8: on a CPU, a pass over 8 tokens costs about 1.4 AR steps of this model, and one over 16 twice an AR step.
-TRAIN = ["--recipe", "draft", "--block-size", "8", "--lr", "2e-3", "--weight-decay", "0", "--warmup", "20"]
+TRAIN = ["--recipe", "draft", "--block-size", "8", "--weight-decay", "0", "--warmup", "20"]
 TRAIN += ["--decay", "0.5", "--batch-size", "2", "--row-length", "512", "--seed", str(SEED)]
 TRAIN += ["--validation-documents", "10", "--validate-every", "76", "--checkpoint-every", "76", "--no-generate"]
 
@@ -75,11 +80,14 @@ def answer(out: Path) -> None:
 
 
 def measure(out: Path) -> None:
-    """Writes the figures of verified decoding for every kind of prompt, in fp32, with one thread."""
+    """Writes the figures of verified decoding for every denoiser and kind of prompt, in bf16, with one thread."""
     files = [word for kind in KINDS for word in ("--prompts", str(out / f"{kind}.jsonl"))]
-    command = ["bench", "-m", str(out / "adapters/model"), "-s", "verified:draft_steps=1", *files, "--json"]
-    command += ["--dtype", "float32", "--threads", "1", "-n", NEW_TOKENS, "--batches", str(MEASURED), "--rounds", "1"]
-    replace_text(out / "figures.json", run_twotower(command, stdout=subprocess.PIPE))
+    options = ["--dtype", "bfloat16", "--threads", "1", "-n", NEW_TOKENS, "--batches", "12", "--rounds", "1", "--json"]
+    figures = {}
+    for name in STEPS:
+        command = ["bench", "-m", str(out / name / "model"), "-s", "verified:draft_steps=1", *files, *options]
+        figures[name] = json.loads(run_twotower(command, stdout=subprocess.PIPE))
+    replace_text(out / "figures.json", json.dumps(figures, indent=2) + "\n")
 
 
 def run_twotower(command: list[str], stdout: int | None = None) -> str:
@@ -92,25 +100,30 @@ def run_twotower(command: list[str], stdout: int | None = None) -> str:
 
 def stages(corpora: Path, out: Path, steps: dict[str, int], processes: int) -> list[RecipeStage]:
     """The stages in order. steps: of each training stage."""
-    start = ["init", "--from", str(weights()), "-o", str(out / "start"), "--mask-token", MASK_TOKEN]
-    start += ["--dtype", "float32", "--denoiser-lora", RANK, "--draft-head", HEAD_RANK]
-    train = ["train", str(out / "start"), "-o", str(out / "adapters"), "--steps", str(steps["adapters"])]
-    train += ["--data", str(out / "answers.jsonl"), *TRAIN]
-    train += [word for kind in KINDS for word in ("--validation", str(out / f"valid_{kind}.jsonl"))]
+    init = ["init", "--from", str(weights()), "--mask-token", MASK_TOKEN, "--dtype", "float32"]
+    starts = {"adapters": out / "start", "drafter": out / "layers"}
+    train = {
+        name: ["train", str(start), "-o", str(out / name), "--steps", str(steps[name]), "--lr", LEARNING_RATES[name]]
+        + ["--data", str(out / "answers.jsonl"), *TRAIN]
+        + [word for kind in KINDS for word in ("--validation", str(out / f"valid_{kind}.jsonl"))]
+        for name, start in starts.items()
+    }
 
     def of(work: Callable[[Path], None]) -> Callable[[], None]:
         return lambda: work(out)
 
     return [
         RecipeStage("prompts", out / "prompts.jsonl", lambda: write_prompts(corpora, out)),
-        RecipeStage("start", out / "start", start),
+        RecipeStage("start", starts["adapters"], [*init, *ADAPTERS, "-o", str(starts["adapters"])]),
         RecipeStage("answers", out / "answers.jsonl", of(answer)),
-        RecipeStage("adapters", out / "adapters/model", train, parallel=True),
+        RecipeStage("adapters", out / "adapters/model", train["adapters"], parallel=True),
+        RecipeStage("layers", starts["drafter"], [*init, *DRAFTER, "-o", str(starts["drafter"])]),
+        RecipeStage("drafter", out / "drafter/model", train["drafter"], parallel=True),
         RecipeStage("figures", out / "figures.json", of(measure)),
     ]
 
 
-main = recipe_command("Trains adapters that draft for SmolLM2-135M-Instruct.", STAGES, STEPS, stages)
+main = recipe_command("Trains denoisers that draft for SmolLM2-135M-Instruct.", STAGES, STEPS, stages)
 
 
 if __name__ == "__main__":
