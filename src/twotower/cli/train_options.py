@@ -262,7 +262,8 @@ ON_POLICY_OPTIONS = (
     click.option(
         "--on-policy-setting",
         metavar="MODE[:VALUE,NAME=X…]",
-        help="Decoding setting of a stage. [default: verified with adapters, diffusion:0.9 with a denoiser tower]",
+        help="Decoding setting of a stage, in mode verified or diffusion. [default: verified with adapters at masks, "
+        "diffusion:0.9 with other denoisers]",
     ),
     click.option(
         "--on-policy-replay",

@@ -52,12 +52,13 @@ def tower(*init: str, train: tuple[str, ...] = ("--recipe", "both"), seed: int =
 
 
 SHIFTED = ("--prediction-shift", "1", "--block-attention", "prefix_causal")
+ON_POLICY = ("--recipe", "both", "--on-policy-every", "8", "--on-policy-prompts", "32")
 EVERYWHERE = (*ADAPTERS, "--adapter-gate", "everywhere")
 VARIANTS = {
     "adapters": Variant(),
     "adapters, another seed": Variant(seed=2),
     "draft head 64": Variant((*ADAPTERS, "--draft-head", "64")),
-    "on-policy": Variant(train=("--recipe", "both", "--on-policy-every", "8", "--on-policy-prompts", "32")),
+    "on-policy": Variant(train=ON_POLICY),
     "rank 8": Variant(("--denoiser-lora", "8")),
     "rank 128": Variant(("--denoiser-lora", "128")),
     "everywhere, shift 1, prefix-causal": Variant((*EVERYWHERE, *SHIFTED)),
@@ -74,6 +75,7 @@ VARIANTS = {
     "tower as released": tower(train=()),
     "tower, recipe both": tower(),
     "tower, shift 1": tower(*SHIFTED),
+    "tower, shift 1, on-policy": tower(*SHIFTED, train=(*ON_POLICY, "--on-policy-setting", "verified")),
     "tower of 5 layers, shift 1": tower(*SHIFTED, "--denoiser-layers", "every:2"),
     "tower of 5 layers, another seed": tower(*SHIFTED, "--denoiser-layers", "every:2", seed=2),
     "tower of 3 layers, shift 1": tower(*SHIFTED, "--denoiser-layers", "every:4"),

@@ -302,7 +302,8 @@ class DenoisingObjective(nn.Module):
 
     def _wanted(self, batch: Batch, noise: Corruption, block_size: int) -> Tensor:
         wanted = wanted_columns(batch, noise, block_size, self.options.shift)
-        return inside_blocks(wanted, block_size, self.options.shift) if self.options.elbo else wanted
+        own_blocks = self.options.elbo or noise.on_policy  # what the denoiser decides in generation
+        return inside_blocks(wanted, block_size, self.options.shift) if own_blocks else wanted
 
     def _prefix(self, masks: Corruption, chosen: Tensor, block_size: int) -> Tensor | None:
         """(N,), how many positions of each chosen block attend causally and have no adapters; None: as in a tower."""

@@ -131,7 +131,8 @@ class OnPolicySettings:
 
     every: steps of a stage. prompts: of a stage. rows: rows of rollouts that each step adds to its batch, over all
     processes. tokens: new tokens of a rollout, at most. setting: of decoding, as in `twotower batch`; None: verified
-    with adapters, diffusion:0.9 with a denoiser tower. replay: earlier stages whose refused states are trained again.
+    with adapters at masks, diffusion:0.9 with other denoisers. replay: earlier stages whose refused states are trained
+    again.
     """
 
     every: int

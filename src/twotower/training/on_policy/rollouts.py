@@ -1,8 +1,9 @@
 """Rollouts: texts that the model of a step decodes in its own mode, and states of their decoding.
 
-A state is the input of a pass that predicts tokens: a block with masks, after the text before it. States of one text
-do not overlap, so that one pass over the text trains all of them. Where states overlap, those whose draft was refused
-come first, and chance, keyed by (seed, row, document), chooses among the others.
+A state is the input of a pass that predicts tokens: a block with masks, after the text before it. Its visible tokens
+are those of the text. States of one text do not overlap, so that one pass over the text trains all of them. Where
+states overlap, those whose draft was refused come first, and chance, keyed by (seed, row, document), chooses among the
+others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 from twotower.decoding.block_rule import BlockRule
 from twotower.decoding.output import BlockEvent, Event, StepEvent
@@ -94,22 +94,22 @@ def decode(
         for event in llm.step():
             events[event.row].append(event)
     llm.close()
-    one_pass = BlockRule.of(model.config.denoiser).one_pass
+    rule = BlockRule.of(model.config.denoiser)
     return [
-        _rollout(prompt, events[number], params, seed, one_pass)
-        for prompt, number in zip(prompts, numbers, strict=True)
+        _rollout(prompt, events[number], params, seed, rule) for prompt, number in zip(prompts, numbers, strict=True)
     ]
 
 
-def _rollout(prompt: Prompt, events: Sequence[Event], params: GenerationParams, seed: int, one_pass: bool) -> Rollout:
+def _rollout(prompt: Prompt, events: Sequence[Event], params: GenerationParams, seed: int, rule: BlockRule) -> Rollout:
     new = [token for event in events if isinstance(event, BlockEvent) for token in event.tokens]
     result = events[-1].result
     if result is None or result.error:
         raise TwoTowerError(f"row {prompt.row}: a rollout ended with an error ({result.error if result else 'none'})")
     given = len(prompt.tokens)
     tokens, ended = (*prompt.tokens, *new), result.finish_reason == "eos"
-    if not one_pass:
-        found = _states_of_blocks(events, given, params.block_size)
+    if not rule.one_pass:
+        known = params.block_size - rule.predictions(params.block_size, params.mode)
+        found = _states_of_blocks(events, tokens, given, known)
     elif params.mode == "verified":
         found = _states_of_checks(events, given)
     else:
@@ -146,13 +146,31 @@ def _apart(states: Sequence[State], *key: int | str) -> Iterator[State]:
     yield from sorted(kept, key=lambda state: state.start)
 
 
-def _states_of_blocks(events: Sequence[Event], given: int, block_size: int) -> Iterator[State]:
-    """Diffusion with a denoiser tower: each block, all masked, and after each pass that left masks."""
+def _states_of_blocks(events: Sequence[Event], text: Sequence[int], given: int, known: int) -> Iterator[State]:
+    """A denoiser with passes of its own: the inputs of the passes over each block.
+
+    known: columns of a new block before its masks. In verified decoding, later passes over a block read tokens of its
+    draft. Such an input is left out if one of these tokens was refused.
+    """
+    passes: list[StepEvent] = []
     for event in events:
-        if isinstance(event, BlockEvent):
-            yield State(given + event.start, (True,) * block_size)
-        elif any(event.masked):
-            yield State(given + event.start, tuple(event.masked))
+        if isinstance(event, StepEvent):
+            passes.append(event)
+            continue
+        refused = _refused(event)
+        for number, step in enumerate(passes):
+            start = given + step.start
+            if not number:
+                yield State(start, tuple(place >= known for place in range(len(step.masked))), refused)
+            read = zip(step.masked, step.tokens, text[start:], strict=False)
+            if any(step.masked) and all(hidden or token == own for hidden, token, own in read):
+                yield State(start, tuple(step.masked), refused)
+        passes.clear()
+
+
+def _refused(event: BlockEvent) -> bool:
+    """Whether verification refused a token of the draft."""
+    return any(drafted != token for drafted, token in zip(event.draft, event.tokens, strict=False))
 
 
 def _states_of_checks(events: Sequence[Event], given: int) -> Iterator[State]:
@@ -171,9 +189,7 @@ def _states_of_checks(events: Sequence[Event], given: int) -> Iterator[State]:
             open_state = State(given + last.start - 1, masked) if width > visible else None
             continue
         if open_state is not None:
-            pairs = list(zip(event.draft, event.tokens, strict=False))
-            kept = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-            yield replace(open_state, refused=kept < len(pairs))
+            yield replace(open_state, refused=_refused(event))
         last, open_state = event, None
     if open_state is not None:
         yield open_state

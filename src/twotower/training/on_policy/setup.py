@@ -36,11 +36,6 @@ def on_policy_stages(
     """
     own = settings.on_policy
     assert own is not None
-    if shift and not BlockRule.of(model.config.denoiser).one_pass:
-        raise ArgumentError(
-            "on-policy stages need adapters that make one pass a round, or prediction shift 0; leave out "
-            "--on-policy-every"
-        )
     params = _params(model, own, settings.stages[-1].block_size, eos_token_id)
     room = model.spec.max_position_embeddings - own.tokens
     if room < 1 or own.tokens >= settings.row_length:
@@ -66,16 +61,14 @@ def on_policy_stages(
 def _params(
     model: TwoTowerForCausalLM, own: OnPolicySettings, block_size: int, eos_token_id: int | Sequence[int]
 ) -> GenerationParams:
-    one_pass = BlockRule.of(model.config.denoiser).one_pass
-    usual = "verified" if one_pass else "diffusion:0.9"
-    values = parse_setting(own.setting or usual).values
-    modes = ("verified", "diffusion") if one_pass else ("diffusion",)
-    if values["mode"] not in modes:
-        raise ArgumentError(
-            f"on_policy_setting is {own.setting!r}; with this denoiser the mode must be {' or '.join(modes)}"
-        )
+    rule = BlockRule.of(model.config.denoiser)
+    values = parse_setting(own.setting or ("verified" if rule.one_pass else "diffusion:0.9")).values
+    if values["mode"] not in ("verified", "diffusion"):
+        raise ArgumentError(f"on_policy_setting is {own.setting!r}; the mode must be verified or diffusion")
     if values["mode"] == "verified":
         values = {"draft_steps": 1} | values  # the adaptive depth depends on measured times
+        if not values["draft_steps"]:
+            raise ArgumentError(f"on_policy_setting is {own.setting!r}, which drafts nothing; give draft_steps=1")
     given = {
         "block_size": block_size,
         "max_new_tokens": own.tokens,
@@ -86,5 +79,9 @@ def _params(
     if values.get("block_size", block_size) != block_size:
         raise ArgumentError(f"on_policy_setting is {own.setting!r}; its block size is that of training, {block_size}")
     params = GenerationParams.from_mapping({**values, **given})
+    if not rule.predictions(block_size, params.mode):
+        raise ArgumentError(
+            f"a block of {block_size} has no open prediction in mode {params.mode}; give --block-size 2 or more"
+        )
     params.check_against(model.spec, [1])
     return params

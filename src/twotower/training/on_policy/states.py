@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from twotower.decoding.block_rule import noise_level
 from twotower.training.data.batch import Batch
 from twotower.training.data.packing import round_up
 from twotower.training.noise import Corruption
@@ -59,7 +60,7 @@ def collate_states(
     shape = (len(rows), row_length)
     tokens, document = np.full(shape, pad, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
     text, masked = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-    t = np.full((len(rows), row_length // block_size), 1.0, dtype=np.float32)
+    t = np.full((len(rows), row_length // block_size), 1.0)  # float64: a model in float64 decodes with such levels
     for r, row in enumerate(rows):
         column = 0
         for number, rollout in enumerate(row):
@@ -74,7 +75,7 @@ def collate_states(
                 tokens[r, first + own : stop] = eos
                 document[r, first + own : stop] = number
                 masked[r, first:stop] = state.masked
-                t[r, first // block_size] = sum(state.masked) / max(len(state.masked) - shift, 1)
+                t[r, first // block_size] = noise_level(sum(state.masked), len(state.masked), shift)
             column += places(rollout, block_size)[-1][1]
     index = np.zeros(len(rows), dtype=np.int64)
     nowhere = np.zeros(shape, dtype=bool)
