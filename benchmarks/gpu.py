@@ -1,4 +1,4 @@
-"""Runs all GPU measurements in one command: ten parts, each in a process of its own under a time limit.
+"""Runs all GPU measurements in one command: eleven parts, each in a process of its own under a time limit.
 
     python benchmarks/gpu.py [--minutes 6] [--parts full,engine] [--out build/gpu]
     python benchmarks/gpu.py --small          the same parts with tiny shapes, also on a CPU
@@ -37,7 +37,7 @@ from twotower.process import configure_process  # noqa: E402
 configure_process()
 
 import torch  # noqa: E402
-from gpu_parts import bundled, cuda_tests, engine, full, int8, kernels, machine, micro, midsize, training  # noqa: E402
+from gpu_parts import adapters, bundled, cuda_tests, engine, full, int8, kernels, machine, micro, midsize, training  # noqa: E402
 from gpu_parts.driver import Driver, Part  # noqa: E402
 from gpu_parts.parallel import start  # noqa: E402
 from gpu_parts.prepare import prepared  # noqa: E402
@@ -54,6 +54,7 @@ PARTS = (  # in order of importance; seconds of a run of nine minutes
     Part("micro", 30, "Each kernel at the published sizes, beside every other backend.", micro.run),
     Part("full", 80, "Passes of the published shape.", full.run),
     Part("engine", 40, "The engine on the published shape, AR against diffusion.", engine.run),
+    Part("adapters", 30, "Rounds of adapters on the published shape, beside plain passes.", adapters.run),
     Part("int8", 35, "The published shape in int8, made layer by layer.", int8.run),
     Part("training", 110, "Losses as on a CPU, tokens a second, a run that is killed and resumed.", training.run),
     Part("midsize", 40, "The midsize shape beside its roofline, the naive reference and transformers.", midsize.run),

@@ -4,7 +4,8 @@
 
 Needs Triton, and no GPU: the backends of CUDA run on tensors of the meta device, which have shapes and no values. A
 pass that read a value on the host would fail. The passes are those of the engine: an AR step, a denoiser pass over a
-block, and the commit of a block. Their categories:
+block, the commit of a block, and a round of adapters at masks (--rank) over as many tokens, which is compared with a
+plain pass of the context tower. Their categories:
 
 - settle: the update of the Mamba states with the accepted tokens of the pass before
 - view: where the rows lie in the pools
@@ -12,7 +13,7 @@ block, and the commit of a block. Their categories:
 - layers: embedding, layers, final norm; with CUDA graphs one launch and the copies of the inputs
 - append: new keys and values, and lengths
 - head: logits
-- choice: tokens and confidences; in a denoiser pass also the commit policy
+- choice: tokens and confidences; in a denoiser pass also the commit policy, in a round also the check of the draft
 
 With the option `graph_steps`, an AR step is one graph with three inputs, and lengths that the host adds to.
 
@@ -29,6 +30,7 @@ from typing import Any
 
 import click
 import torch
+from common import roofline
 from common.launch_counter import LaunchCounter, cuda_backends
 from common.models import BLOCK, PUBLISHED, config_of
 from common.program import CONFIG, JSON, QUICK, publish, start
@@ -36,8 +38,10 @@ from rich.table import Table
 
 from twotower import TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import TowerState
+from twotower.decoding.acceptance import accept
 from twotower.decoding.sampling import argmax_with_confidence
 from twotower.decoding.unmasking import Pass, decide
+from twotower.model.adapters import LowRank
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import PassInputs, Tower
 from twotower.runners.graph_inputs import in_buckets, input_tensors
@@ -46,6 +50,7 @@ META = torch.device("meta")
 CATEGORIES = ("settle", "view", "time", "layers", "append", "head", "choice")
 STEP_INPUTS = 3  # tokens, slots and lengths of `CapturedStep`
 EXPERTS = ("grouped-gemm", "triton")
+RANK = 16  # of adapters
 
 
 class Passes:
@@ -89,7 +94,22 @@ class Passes:
             decide("threshold", Pass(sure, tokens, sure, masked, step, step), sure[:, :1])
         return copies_of(inputs)
 
-    def _extend(self, count: LaunchCounter, length: int) -> tuple[torch.Tensor, int]:
+    def round(self, count: LaunchCounter) -> int:
+        """A pass over a draft and masks, where adapters act: its logits check the draft and make the next."""
+        prefix = torch.zeros(self.rows, dtype=torch.long, device=META)
+        hidden, copies = self._extend(count, BLOCK, prefix)
+        with count.of("head"):
+            logits = self.model.context.logits(hidden, upcast_logits=False)
+        with count.of("choice"):
+            tokens, _ = argmax_with_confidence(logits)
+            _, accepted = accept(tokens, tokens, logits, 1.0, prefix)
+            kept = self.state.lengths[self.slots] - prefix + 1 + accepted
+            self.state.rollback(self.state.lengths.index_copy(0, self.slots, kept))
+        return copies
+
+    def _extend(
+        self, count: LaunchCounter, length: int, prefix: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, int]:
         state, tower = self.state, self.model.context
         tokens = torch.zeros(self.rows, length, dtype=torch.long, device=META)
         with count.of("settle"):
@@ -97,11 +117,12 @@ class Passes:
         with count.of("view"):
             view = state.view(self.slots)
             past = list(view.past)
-        inputs = PassInputs(tokens, AttentionMetadata(start=view.lengths), past)
+        inputs = PassInputs(tokens, AttentionMetadata(prefix=prefix, start=view.lengths), past)
         with count.of("layers"):
-            hidden, updates = tower.layer_by_layer(*inputs)
+            hidden, updates = tower.layer_by_layer(*in_buckets(inputs)[0] if prefix is not None else inputs)
         with count.of("append"):
-            state.append(updates, torch.full((self.rows,), length, device=META), length, self.slots)
+            appended = torch.full((self.rows,), length, device=META) if prefix is None else prefix.clone()
+            state.append(updates, appended, length, self.slots)
         return hidden, copies_of(inputs)
 
     def _choose(self, count: LaunchCounter, tower: Tower, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,6 +136,7 @@ PASSES: dict[str, Callable[[Passes, LaunchCounter], int]] = {
     "AR step": Passes.ar_step,
     "denoiser pass": Passes.denoiser_pass,
     "commit": Passes.commit,
+    "round": Passes.round,
 }
 
 
@@ -132,10 +154,24 @@ def copies_of(inputs: PassInputs) -> int:
     return len(input_tensors(in_buckets(inputs)[0]))
 
 
-def measure(config: Path | None, *, rows: int, context: int, experts: str) -> dict[str, Any]:
+def adapter_share(model: TwoTowerForCausalLM, rows: int, context: int) -> dict[str, float]:
+    """Bytes and operations of the adapters of a round, and as percent of those of a plain pass with logits.
+
+    The plain pass visits as many experts as a random choice. Inputs and outputs are not counted, nor is the cache.
+    """
+    weights = sum(part.numel() for own in model.modules() if isinstance(own, LowRank) for part in own.parameters())
+    read, operations = weights * model.dtype.itemsize, 2.0 * weights * rows * BLOCK
+    plain = roofline.work(model.config.layer_fields, model.dtype, rows=rows, width=BLOCK, context=context)
+    shares = {"% of bytes": 100 * read / plain.bytes, "% of operations": 100 * operations / plain.operations}
+    return {"bytes": float(read), "operations": operations} | shares
+
+
+def measure(config: Path | None, *, rows: int, context: int, experts: str, rank: int = RANK) -> dict[str, Any]:
     """Launches and calls of each pass by category, the second time that it runs."""
     with torch.device("meta"):
-        model = TwoTowerForCausalLM(config_of(config)).to(torch.bfloat16).eval()
+        model = TwoTowerForCausalLM(config_of(config))
+        model.context.add_adapters(rank, model.config.mask_token)
+        model.to(torch.bfloat16).eval()
     found: dict[str, Any] = {}
     with torch.no_grad(), cuda_backends(experts) as count:
         for name, run in PASSES.items():
@@ -158,6 +194,8 @@ def measure(config: Path | None, *, rows: int, context: int, experts: str) -> di
                 "as one graph": 1 + STEP_INPUTS + count.launches["lengths"] if name == "AR step" else None,
                 "most launched": dict(Counter(count.operations).most_common(12)),
             }
+    extra = found["round"]["launches"]["layers"] - found["commit"]["launches"]["layers"]
+    found["round"]["adapters"] = {"rank": rank, "launches": extra} | adapter_share(model, rows, context)
     return found
 
 
@@ -165,21 +203,27 @@ def measure(config: Path | None, *, rows: int, context: int, experts: str) -> di
 @CONFIG
 @click.option("--rows", default=1, show_default=True, help="Sequences of a pass.")
 @click.option("--context", default=1024, show_default=True, help="Tokens before a pass.")
+@click.option("--rank", default=RANK, show_default=True, help="Rank of the adapters of a round.")
 @click.option("--experts", type=click.Choice(EXPERTS), default=EXPERTS[0], show_default=True)
 @QUICK
 @JSON
-def main(config: Path | None, rows: int, context: int, experts: str, quick: bool, as_json: bool) -> None:
+def main(config: Path | None, rows: int, context: int, rank: int, experts: str, quick: bool, as_json: bool) -> None:
     """Counts the launches of each pass of a shape (default: the published one)."""
     start()
     shape = None if quick and config is None else config or PUBLISHED
-    found = measure(shape, rows=rows, context=context, experts=experts)
+    found = measure(shape, rows=rows, context=context, experts=experts, rank=rank)
     table = Table("pass", *CATEGORIES, "launches", "torch calls", "with CUDA graphs", title=f"experts: {experts}")
     for name, one in found.items():
         each = (str(one["launches"][category]) for category in CATEGORIES)
         totals = (str(one[f"{what} in all"]) for what in ("launches", "torch calls", "with CUDA graphs"))
         table.add_row(name, *each, *totals)
     facts = {"shape": shape.name if shape else "tiny", "rows": rows, "context": context, "experts": experts}
-    publish("launches", facts | {"passes": found}, [table], as_json)
+    own = Table("adapters of a round: launches", "bytes", "%", "operations", "%")
+    of_round = found["round"]["adapters"]
+    shown = (f"{of_round['bytes']:.3g}", f"{of_round['% of bytes']:.3g}")
+    shown += (f"{of_round['operations']:.3g}", f"{of_round['% of operations']:.3g}")
+    own.add_row(str(of_round["launches"]), *shown)
+    publish("launches", facts | {"passes": found}, [table, own], as_json)
 
 
 if __name__ == "__main__":

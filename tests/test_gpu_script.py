@@ -21,7 +21,9 @@ from twotower.ops import self_check
 from twotower.ops.self_check import Case
 
 ROOT = Path(__file__).parent.parent
-PARTS = ["machine", "kernels", "tests", "bundled", "micro", "full", "engine", "int8", "training", "midsize"]
+PARTS = [
+    "machine", "kernels", "tests", "bundled", "micro", "full", "engine", "adapters", "int8", "training", "midsize",
+]  # fmt: skip
 GIB = 1 << 30
 
 
@@ -92,6 +94,11 @@ def check_figures(measured: dict[str, dict[str, dict[str, Any]]]) -> None:
         assert diffusion["tokens per pass"] == pytest.approx(3, rel=0.1)
         assert measured["engine"][f"{rows} rows: AR, graph_steps True"]["tokens/s"] > 0
     assert measured["full"]["1 × 64 tokens, grouped_pairs 1073741824: AR step"]["ms"] > 0
+    for what in ("1 × 8 tokens after 64", "2 × 4 tokens after 64", "1 × 8 tokens after 64, graphs False"):
+        own, plain = (measured["adapters"][f"{what}: {name}"]["ms"] for name in ("round", "plain pass"))
+        assert measured["adapters"][f"{what}: round ÷ plain pass"] == {
+            "what": f"{what}: round ÷ plain pass", "ratio": own / plain, "wanted": 1.15,
+        }  # fmt: skip
     training = measured["training"]
     compared = [one for what, one in training.items() if "beside a CPU's losses" in what]
     assert [one["verdict"] for one in compared] == ["agrees"] * 3

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from twotower.ops.reference import int4
-from twotower.ops.reference.attention import AttentionOptions, CachedKV
+from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.self_check_cases import (
     FALCON_SIZES,
@@ -39,6 +39,7 @@ from twotower.ops.triton import (
     attention,
     experts,
     linear,
+    low_rank,
     mamba_block,
     norm,
     rope,
@@ -61,7 +62,7 @@ TYPES = {
     torch.uint8: "*u8",
 }
 CPU = torch.device("cpu")
-MODULES = (activation, argmax, attention, experts, linear, mamba_block, norm, rope, routing, state_update)
+MODULES = (activation, argmax, attention, experts, linear, low_rank, mamba_block, norm, rope, routing, state_update)
 
 
 class Compiler:
@@ -131,6 +132,7 @@ def main() -> None:
     attentions(full)
     products(full)
     heads_and_activations()
+    adapters(full)
     norms_and_routers()
     blocks([1, 16, 33, 17] if full else [1, 16])
 
@@ -201,7 +203,7 @@ def _int4(weight: Tensor) -> Tensor:
 def attentions(full: bool) -> None:
     """Attention of the released sizes over 128K tokens, for a denoised block, a token, a committed block, enough rows
     for one split, and a prompt; of other sizes; and with windows and softcaps, as in Gemma 2. Every second one if not
-    in full."""
+    in full. Causal ones of a block also with a prefix."""
     released, bf16, fp32 = (32, 2, 128), torch.bfloat16, torch.float32
     gemma, window, both = (8, 4, 256), AttentionOptions(None, 4096, None), AttentionOptions(0.0625, 4096, 50.0)
     cases = (
@@ -229,7 +231,26 @@ def attentions(full: bool) -> None:
         k = torch.zeros(rows, length, kv_heads, head_dim, dtype=dtype)
         pool, place = torch.zeros(16, head_dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
         token_mask = torch.ones(rows, length, dtype=torch.bool) if padded else None
-        attention.attention(q, k, k, token_mask, causal, CachedKV(pool, pool, place, place, place, width, 0), *options)
+        cached, own = CachedKV(pool, pool, place, place, place, width, 0), options or [PLAIN]
+        attention.attention(q, k, k, token_mask, causal, cached, *own)
+        if causal and length == 16:
+            attention.attention(q, k, k, token_mask, causal, cached, *own, place)
+
+
+def adapters(full: bool) -> None:
+    """Adapters of the input projection of a Mamba layer, of queries, keys and values, and of a gated MLP."""
+    for width, outs, rank, dtype in (
+        (2688, (10304,), 16, torch.bfloat16),
+        (2688, (4096, 256, 256), 32, torch.bfloat16),
+        (2688, (3712, 3712), 96, torch.bfloat16),
+        (2688, (4096, 256, 256), 16, torch.float32),
+        (37, (21, 35), 5, torch.bfloat16),
+    ):
+        for count in (16, 96) if full else (16,):
+            x = torch.empty(count, width, dtype=dtype)
+            pairs = [(x.new_empty(rank, width), x.new_empty(out, rank)) for out in outs]
+            acts = torch.ones(count, dtype=torch.bool)
+            low_rank.low_rank([x.new_empty(count, out) for out in outs], x, pairs, acts)
 
 
 def heads_and_activations() -> None:

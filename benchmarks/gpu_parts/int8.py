@@ -1,4 +1,4 @@
-"""Part 7: the published shape in int8, made layer by layer in a fresh process, so that bf16 weights never all exist."""
+"""Part 8: the published shape in int8, made layer by layer in a fresh process, so that bf16 weights never all exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part 9: the midsize shape beside its roofline, the naive reference and transformers."""
+"""Part 10: the midsize shape beside its roofline, the naive reference and transformers."""
 
 from __future__ import annotations
 

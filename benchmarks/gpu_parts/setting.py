@@ -93,6 +93,15 @@ def full_model(setting: Setting) -> tuple[TwoTowerForCausalLM, Form]:
     return random_model(config, setting.dtype, setting.device, shared=form.shared), form
 
 
+def single_tower(setting: Setting) -> tuple[TwoTowerConfig, str]:
+    """The config of one tower that fits the memory, with fewer layers if it must, and its form in words."""
+    config, room = setting.config(), setting.free() - (0 if setting.small else SPARE)
+    if tower_bytes(config, setting.dtype) <= room:
+        return config, "one tower"
+    config = cut_to(config, room, setting.dtype)
+    return config, f"one tower, the first {config.num_hidden_layers} layers"
+
+
 def release(*models: TwoTowerForCausalLM) -> None:
     """Frees the graphs of models, and what the allocator keeps."""
     for model in models:

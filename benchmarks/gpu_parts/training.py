@@ -1,4 +1,4 @@
-"""Part 8: losses as on a CPU, tokens a second of training steps, and a run that is killed and resumed.
+"""Part 9: losses as on a CPU, tokens a second of training steps, and a run that is killed and resumed.
 
 Each runs in a process of its own, because a run is a command line.
 """

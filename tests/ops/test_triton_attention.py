@@ -72,14 +72,14 @@ def arguments(
     return q.to(dtype), k.to(dtype), v.to(dtype), mask, causal, cached
 
 
-def check(*given: Any, options: AttentionOptions = PLAIN) -> Tensor:
+def check(*given: Any, options: AttentionOptions = PLAIN, prefix: Tensor | None = None) -> Tensor:
     """Equals the reference up to rounding. (The reference multiplies missing values by 0, so they must be finite.)"""
     q, k, v, token_mask, causal, cached = given
     wide = (
         None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
     )
-    expected = reference.attention(q.double(), k.double(), v.double(), token_mask, causal, wide, options)
-    found = attention.attention(*given, options)
+    expected = reference.attention(q.double(), k.double(), v.double(), token_mask, causal, wide, options, prefix)
+    found = attention.attention(*given, options, prefix)
     assert found.dtype == q.dtype
     share = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[q.dtype]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=share * float(expected.abs().max()))
@@ -300,6 +300,78 @@ def test_splits_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [300, 300, 128]
 
 
+# --- a causal prefix --------------------------------------------------------------------------------------------------
+
+
+def naive_seen(length: int, cached: int, prefix: int, window: int | None) -> list[list[bool]]:
+    """Which of `cached` keys, then of the tokens of a block, each token of the block attends to; without padding."""
+    rows = []
+    for query in range(length):
+        place = query if query < prefix else 0  # a mask has the window of the block's first token
+        near = [window is None or cached + place - key < window for key in range(cached)]
+        if query < prefix:
+            own = [key <= query and (window is None or query - key < window) for key in range(length)]
+        else:
+            own = [True] * length
+        rows.append(near + own)
+    return rows
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 2, 5, 64, 101])
+@pytest.mark.parametrize("length", [1, 6, 16])
+def test_prefixes_beside_plain_loops(length: int, window: int | None, dtype: torch.dtype) -> None:
+    """Tokens before the first mask see earlier ones; masks see the prefix and each other. Each row has its own."""
+    lengths, counts = (100, 0, 3, 70), [min(length, 3), length, 1, 0]
+    prefix = torch.tensor(counts, device=DEVICE)
+    given = arguments(length, lengths, (4, 2), 16, dtype)
+    found = attention.attention(*given, AttentionOptions(window=window), prefix)
+    q, k, v, _, _, cached = given
+    assert cached is not None
+    for row, (seen, count) in enumerate(zip(lengths, counts, strict=True)):
+        mask = torch.tensor(naive_seen(length, seen, count, window), device=DEVICE)
+        for head in range(4):
+            at = int(cached.start[row] + head // 2 * cached.stride[row])
+            keys, values = (
+                torch.cat([pool[at : at + seen], own[row, :, head // 2]]).double()
+                for pool, own in zip(cached[:2], (k, v), strict=True)
+            )
+            scores = (q[row, :, head].double() @ keys.T / 16**0.5).masked_fill(~mask, -torch.inf)
+            expected = scores.softmax(-1) @ values
+            share = {torch.float32: 4e-6, torch.bfloat16: 1e-2}[dtype]
+            limit = share * float(v[row].double().abs().max())
+            torch.testing.assert_close(found[row, :, head].double(), expected, rtol=0, atol=limit)
+
+
+@DTYPES
+@pytest.mark.parametrize("token_mask", ["none", "end"])
+@pytest.mark.parametrize(("length", "heads"), [(7, (4, 2)), (19, (8, 1)), (70, (2, 1)), (33, (1, 1))])
+@pytest.mark.parametrize("window", [None, 9, 129])
+def test_prefixes_of_blocks_of_many_tiles(
+    window: int | None, length: int, heads: tuple[int, int], token_mask: str, dtype: torch.dtype
+) -> None:
+    """A tile that ends in the prefix, one that crosses its end, and tiles of masks alone; several splits."""
+    for causal, counts in ((True, (length // 2, 5)), (False, (length, 0))):
+        given = arguments(length, (300, 60), heads, 16, dtype, token_mask, causal)
+        prefix = torch.tensor(counts, device=DEVICE)
+        check(*given, options=AttentionOptions(window=window), prefix=prefix)
+        check(*given[:5], None, options=AttentionOptions(window=window), prefix=prefix)
+
+
+def test_a_prefix_is_computed_as_in_a_causal_pass() -> None:
+    """Bit for bit, whatever stands at the masks."""
+    q, k, v, _, _, cached = arguments(6, (130, 7), (4, 2), dtype=torch.bfloat16)
+    prefix = torch.tensor([4, 2], device=DEVICE)
+    found = attention.attention(q, k, v, None, True, cached, PLAIN, prefix)
+    causal = attention.attention(q, k, v, None, True, cached)
+    masks = torch.arange(6, device=DEVICE)[None] >= prefix[:, None]
+    changed = [part.masked_fill(masks[..., None, None], 3.0) for part in (q, k, v)]
+    other = attention.attention(*changed, None, True, cached, PLAIN, prefix)
+    assert torch.equal(found[~masks], causal[~masks])
+    assert torch.equal(other[~masks], causal[~masks])
+    assert not torch.allclose(found[masks].float(), causal[masks].float(), rtol=0.1)
+
+
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +402,10 @@ def test_launches_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     attention.attention(*rest, cached._replace(lengths=cached.lengths * 0))
     assert len(launches.seen) == 6
     assert launches.seen[:2] == launches.seen[2:4] == launches.seen[4:]
+    launches.seen.clear()
+    for counts in ((1, 16), (16, 3)):
+        attention.attention(*_on(meta, given), PLAIN, torch.tensor(counts, device=meta))
+    assert launches.seen[:2] == launches.seen[2:]
 
 
 def _on(device: torch.device, value: Any) -> Any:

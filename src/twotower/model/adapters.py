@@ -8,7 +8,7 @@ in the autoregressive model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.ops.cpu.packed_weights import PackedWeight
+from twotower.ops.registry import select
 
 _POSITIONS: ContextVar[Tensor | None] = ContextVar("adapted positions", default=None)
 
@@ -40,14 +41,6 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.a), self.b)
-
-    def add_to(self, out: Tensor, x: Tensor, positions: Tensor) -> Tensor:
-        """out (…, O), the layer's output over x (…, I) → out with the update at positions (…), elsewhere as it is.
-
-        The positions are applied to r values of each token, not to O.
-        """
-        low = F.linear(x, self.a) * positions.reshape(*x.shape[:-1], 1)
-        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.b.t()).view_as(out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LowRank:
         super()._apply(fn, recurse)
@@ -84,9 +77,22 @@ def adapting(positions: Tensor | None) -> Iterator[None]:
         _POSITIONS.reset(before)
 
 
-def adapted(out: Tensor, x: Tensor, adapter: LowRank | None) -> Tensor:
-    """The output of a linear layer over x with the update of its adapter, at the positions where adapters act."""
-    positions = _POSITIONS.get()
-    if adapter is None or positions is None:
-        return out
-    return adapter.add_to(out, x, positions)
+def adapters_act() -> bool:
+    """Whether adapters act at any position of the layers that run in this context."""
+    return _POSITIONS.get() is not None
+
+
+def adapted(outs: Sequence[Tensor], x: Tensor, adapters: Sequence[LowRank | None]) -> tuple[Tensor, ...]:
+    """The outputs of linear layers over x with the updates of their adapters, at the positions where adapters act.
+
+    adapters: one a layer. The outputs may be changed in place.
+    """
+    positions, places = _POSITIONS.get(), [i for i, adapter in enumerate(adapters) if adapter is not None]
+    new = list(outs)
+    if positions is None or not places:
+        return tuple(new)
+    pairs = tuple((adapter.a, adapter.b) for adapter in adapters if adapter is not None)
+    updated = select("low_rank", x.device, x.dtype).function(tuple(new[i] for i in places), x, pairs, positions)
+    for i, out in zip(places, updated, strict=True):
+        new[i] = out
+    return tuple(new)

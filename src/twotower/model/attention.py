@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from twotower.cache.layer_cache import KeyValue
 from twotower.model.layer_io import AttentionMetadata
-from twotower.model.linear import Linear
+from twotower.model.linear import Linear, linears
 from twotower.model.norm import RMSNorm
 from twotower.ops.reference.attention import AttentionOptions, CachedKV
 from twotower.ops.reference.rope import HeadNorms, Rotation
@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
         turn: of the rotary position embedding, applied to queries and keys; None: none. The gate is None without one.
         """
-        q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        q, k, v = linears(hidden, self.q_proj, self.k_proj, self.v_proj)
         gate = None
         if self.spec.output_gate:
             q, gate = (part.flatten(-2) for part in q.unflatten(-1, (self.spec.num_heads, -1)).chunk(2, dim=-1))

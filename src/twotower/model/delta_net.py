@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from twotower.cache.layer_cache import MambaCache
 from twotower.model.layer_io import AttentionMetadata
-from twotower.model.linear import Linear
+from twotower.model.linear import Linear, linears
 from twotower.model.mamba2 import CausalConv
 from twotower.model.norm import GatedGroupRMSNorm
 from twotower.ops.precision import accumulation_dtype
@@ -64,10 +64,10 @@ class GatedDeltaNet(nn.Module):
     def project(self, hidden: Tensor, token_mask: Tensor | None) -> Projected:
         """hidden (B, L, H) → the projections; the inputs of the convolution are 0 at padding."""
         if self.spec.grouped_projections:
-            qkv, z, b, a = self._ungroup(self.in_proj_qkvz(hidden), self.in_proj_ba(hidden))
+            qkv, z, b, a = self._ungroup(*linears(hidden, self.in_proj_qkvz, self.in_proj_ba))
         else:
             modules = (self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-            qkv, z, b, a = (module(hidden) for module in modules)
+            qkv, z, b, a = linears(hidden, *modules)
         return Projected(qkv if token_mask is None else qkv * token_mask[..., None], z, b, a)
 
     def _ungroup(self, qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from twotower.model.adapters import LowRank, adapted
+from twotower.model.adapters import LowRank, adapted, adapters_act
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int4, int8
 from twotower.ops.registry import select
@@ -18,7 +18,7 @@ from twotower.ops.registry import select
 class Linear(nn.Linear):
     """y = x·Wᵀ + b, weight (out, in). packed: the packed copy of the weight; it is not saved, and copies lack it.
 
-    adapter: see `model.adapters`.
+    adapter: see `model.adapters`. A pass with adapt=False leaves its update to `linears`.
     """
 
     __call__: Callable[..., Tensor]
@@ -28,10 +28,10 @@ class Linear(nn.Linear):
         self.packed = PackedWeight()
         self.adapter: LowRank | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, adapt: bool = True) -> Tensor:
         backend = select("linear", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.bias, self.packed.get(self.weight))
-        return adapted(out, input, self.adapter)
+        return adapted([out], input, [self.adapter])[0] if adapt else out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
@@ -80,10 +80,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", scale)
         self.bias, self.adapter = linear.bias, linear.adapter
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, adapt: bool = True) -> Tensor:
         backend = select("linear_w8a8" if self.int8_activations else "linear_int8", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.weight_scale, self.bias)
-        return adapted(out, input, self.adapter)
+        return adapted([out], input, [self.adapter])[0] if adapt else out
 
 
 class Int4Linear(nn.Module):
@@ -101,7 +101,14 @@ class Int4Linear(nn.Module):
         self.register_buffer("weight", int4.quantize(linear.weight))
         self.bias, self.adapter = linear.bias, linear.adapter
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, adapt: bool = True) -> Tensor:
         backend = select("linear_w4a8" if self.int8_activations else "linear_int4", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.shapes["weight"][0], self.bias)
-        return adapted(out, input, self.adapter)
+        return adapted([out], input, [self.adapter])[0] if adapt else out
+
+
+def linears(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """The outputs of layers that read the same x. The updates of their adapters are computed together."""
+    if not adapters_act():
+        return tuple(layer(x) for layer in layers)
+    return adapted([layer(x, adapt=False) for layer in layers], x, [layer.adapter for layer in layers])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.layer_io import AttentionMetadata
-from twotower.model.linear import Linear
+from twotower.model.linear import Linear, linears
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int4, int8
 from twotower.ops.reference.experts import Packed
@@ -31,10 +31,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(spec.width, hidden, bias=spec.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate = self.gate_proj(hidden) if self.spec.gated else None
+        up, *gates = linears(hidden, self.up_proj, *([self.gate_proj] if self.spec.gated else []))
+        gate = gates[0] if gates else None
         if gate is not None and self.spec.gate_factor != 1.0:
             gate = gate * self.spec.gate_factor
-        up = self.up_proj(hidden)
         backend = select("activate", up.device, up.dtype)
         return self.down_proj(backend.function(up, gate, self.spec.activation))
 

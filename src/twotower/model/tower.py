@@ -236,7 +236,8 @@ class Tower(nn.Module):
         past: one cache a layer. modulation: one a layer; None: no time conditioning.
         keep_step_inputs: whether the pass will be stored. If not, layers may have no update.
         appended: (B,), how many tokens of each row will be stored in the state that `past` views. A runner may store
-        their keys and values itself; the updates of these layers are then `STORED`.
+        their keys and values itself; the updates of these layers are then `STORED`. An update may have surplus tokens
+        at the end, which `TowerState.append` does not store.
         """
         inputs = PassInputs(tokens, meta, past, modulation, keep_step_inputs, appended)
         for runner in self.runners:

@@ -33,6 +33,7 @@ from twotower.ops.reference import (
     integer,
     kv_write,
     linear,
+    low_rank,
     mamba_block,
     norm,
     rope,
@@ -151,6 +152,10 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
     "linear_w4a8": (
         _native(native_ops.linear_w4a8, "integer products in registers"),
         Backend("torch", integer.linear_w4a8, "exact sums of integers as floats, plain torch"),
+    ),
+    "low_rank": (
+        _triton("low_rank", "low_rank", "all layers of one input in two kernels, in place"),
+        Backend("torch", low_rank.low_rank, "plain torch, differentiable"),
     ),
     "rms_norm": (
         _triton("norm", "rms_norm", "norm and modulation in one kernel"),

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from twotower.ops.reference import int4
-from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.int8 import quantize
 from twotower.ops.reference.kv_write import AppendPositions
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights
 from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.self_check import Case
+from twotower.ops.self_check_attention_cases import attention_cases
 from twotower.ops.self_check_inputs import Randn, int8_activations, lengths_up_to, make_case, packed_copy, packings_of
 from twotower.ops.self_check_moe_cases import (
     activate_cases,
@@ -174,7 +174,7 @@ def argmax_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tup
     return logits.to(dtype), torch.stack([best * 0 - 1, best, best * 0 + size - 1])
 
 
-# --- matrix products, norms, routers, attention -----------------------------------------------------------------------
+# --- matrix products, norms, rotations -------------------------------------------------------------------------------
 
 
 PRODUCTS = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))  # tokens, in, out, bias
@@ -224,6 +224,31 @@ def linear_int4_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     return [make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
 
 
+def low_rank_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """One layer, and several with one input; ranks below, at and above a tile; tokens of which some, all or none act.
+
+    On a GPU also the input projection of the released Mamba layers.
+    """
+
+    def arguments(tokens: int, width: int, outs: tuple[int, ...], rank: int) -> tuple[object, ...]:
+        randn = Randn(21, device)
+        x = randn(tokens, width).to(dtype)
+        adapters = tuple(
+            (randn(rank, width).to(dtype) / width**0.5, randn(out, rank).to(dtype) / rank**0.5) for out in outs
+        )
+        acts = torch.arange(tokens, device=device) % 5 > 1 if tokens > 1 else torch.ones(1, device=device).bool()
+        return tuple(randn(tokens, out).to(dtype) for out in outs), x, adapters, acts
+
+    sizes: tuple[tuple[int, int, tuple[int, ...], int], ...] = (
+        (1, 67, (35,), 3),
+        (16, 130, (70, 16, 33), 16),
+        (40, 600, (64, 131), 33),
+        (5, 48, (20, 30, 40, 50), 70),
+    )
+    sizes += ((16, 2688, (10304,), 16), (96, 2688, (4096, 256, 256), 32)) * (device.type == "cuda")
+    return [make_case(f"{size[0]} tokens of width {size[1]}, rank {size[3]}", arguments, *size) for size in sizes]
+
+
 def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
     """Each order of norm and modulation, a residual stream in fp32 with bf16 weights, and an offset of the weight.
 
@@ -268,59 +293,6 @@ def norm_and_rotate_cases(device: torch.device, dtype: torch.dtype) -> list[Case
     ]
 
 
-def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Rows without cache, with a short and with a long cache, anywhere in a pool; a block and a single token.
-
-    On a GPU also the released sizes with a long cache. The values of long rows are larger. Otherwise their
-    small means would hide errors beside the values of short rows.
-    """
-
-    def arguments(
-        length: int,
-        heads: int,
-        width: int,
-        causal: bool,
-        ragged: bool,
-        longest: int = 1300,
-        options: AttentionOptions = PLAIN,
-    ) -> tuple[object, ...]:
-        randn = Randn(9, device)
-        lengths = torch.tensor([0, 5, longest], device=device)
-        pool = randn(2, 2 * (longest + 100), width).to(dtype)
-        pool[1, 30:48] /= 16
-        start, stride = torch.tensor([[2 * longest + 100, 30, 60], [1, 9, longest + 5]], device=device)
-        cached = CachedKV(pool[0], pool[1], start, stride, lengths, longest, 0)
-        token_mask = None
-        if ragged:
-            token_mask = torch.arange(length, device=device) < torch.tensor(
-                [[length], [1], [length - 1]], device=device
-            )
-        q, k, v = randn(3, length, heads, width) / 2, randn(3, length, 2, width), randn(3, length, 2, width) / 16
-        plain = q.to(dtype), k.to(dtype), v.to(dtype), token_mask, causal, cached
-        return plain if options == PLAIN else (*plain, options)
-
-    sizes: tuple[tuple[object, ...], ...] = (
-        (1, 2, 24, True, False),
-        (1, 8, 64, False, False),
-        (7, 6, 37, True, True),
-        (16, 4, 64, False, True),
-    )
-    if device.type == "cuda":
-        sizes += (1, 32, 128, True, False, 5000), (16, 32, 128, False, True, 5000), (16, 32, 128, True, True, 5000)
-    options = AttentionOptions(0.3, 9, 2.0)
-    sizes += (
-        (1, 8, 24, True, False, 1300, options._replace(window=1100)),
-        (7, 6, 24, True, True, 1300, options._replace(window=5)),
-        (16, 4, 24, False, True, 1300, options),
-        (5, 2, 24, False, False, 1300, options._replace(window=None)),
-    )
-    return [make_case(_describe(*size), arguments, *size) for size in sizes]
-
-
-def _describe(length: object, heads: object, width: object, *options: object) -> str:
-    return f"{length} tokens, {heads} heads of {width}, {', '.join(map(str, options))}"
-
-
 # The self-check cases of each operation.
 CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "attention": attention_cases,
@@ -334,6 +306,7 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "activate": activate_cases,
     "route": route_cases,
     "experts": experts_cases,
+    "low_rank": low_rank_cases,
     "linear_int8": linear_int8_cases,
     "linear_int4": linear_int4_cases,
     "experts_int8": experts_int8_cases,

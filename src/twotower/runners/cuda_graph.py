@@ -6,10 +6,11 @@ shape: `append` copies keys and values, and `commit_state`, the first step of ev
 states.
 
 A shape is captured at its third pass, and only for the lengths that the engine repeats (`repeated_lengths`): prompts of
-any other length would fill the memory with graphs that are used once. The least recently used graphs are freed beyond a
-limit in bytes. Before its first use, the result of a graph is compared with the layers on the same padded inputs, which
-must give the same bits. If they differ, the runner warns and does not capture this shape again; after several such
-shapes it captures no more graphs. `TWOTOWER_GRAPHS=0` turns the runner off.
+any other length would fill the memory with graphs that are used once. Rounds of a model with adapters have any width;
+they are padded to the next one that has a graph. The least recently used graphs are freed beyond a limit in bytes.
+Before its first use, the result of a graph is compared with the layers on the same padded inputs, which must give the
+same bits. If they differ, the runner warns and does not capture this shape again; after several such shapes it captures
+no more graphs. `TWOTOWER_GRAPHS=0` turns the runner off.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from twotower import options
 from twotower.cache.hybrid_cache import TowerState
-from twotower.model.tower import PassInputs, PassResult, Tower, lengths_that_repeat, steady_period
+from twotower.model.tower import PassInputs, PassResult, Tower, steady_period
 from twotower.ops.registry import select
 from twotower.ops.self_check import differing_bits, tensors_of
 from twotower.runners.captured_step import CapturedStep, Choice, step_unsupported_reason
@@ -31,6 +32,7 @@ from twotower.runners.graph_capture import Capturer, MemoryPool, graph_bytes_lim
 from twotower.runners.graph_inputs import (
     bucket,
     first_rows,
+    graph_width,
     in_buckets,
     input_tensors,
     shape_key,
@@ -65,7 +67,7 @@ class CapturedGraph:
         self.nbytes = sum(tensor.nbytes for tensor in (*self.inputs, *tensors_of(self.result)))
 
     def run(self, inputs: PassInputs) -> PassResult:
-        """Replays the pass with these inputs, which have the captured shape."""
+        """Replays the pass with these inputs, which have the captured shape. Updates contain surplus tokens."""
         self._fill(inputs)
         self.replay()
         rows = len(inputs.tokens)
@@ -116,16 +118,20 @@ class CUDAGraphRunner:
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """The result of `Tower.forward`, from a graph; None if the pass is not supported or not captured yet."""
-        if inputs.meta.prefix is not None or not self._supports(tower, *inputs.tokens.shape):
+        (count, length), width = inputs.tokens.shape, graph_width(inputs)
+        if width is None or not self._supports(tower, count, width):
             return None
         weights = self._current_weights(tower)
         if weights is None:
             return None
-        inputs, rows = in_buckets(inputs)
+        inputs, rows = in_buckets(inputs, width)
         shape = rows, shape_key(inputs), *_keys(weights)
-        where = f"passes of {rows} × {inputs.tokens.shape[1]} tokens on {tower.device}"
+        where = f"passes of {rows} × {width} tokens on {tower.device}"
         graph = self._find(shape, where, lambda: CapturedGraph(tower, inputs, rows, self._pool))
-        return graph.run(inputs) if isinstance(graph, CapturedGraph) else None
+        if not isinstance(graph, CapturedGraph):
+            return None
+        hidden, updates = graph.run(inputs)
+        return hidden[:, :length], updates
 
     def step(
         self, tower: Tower, state: TowerState, tokens: Tensor, slots: Tensor, rows: Sequence[int]
@@ -247,9 +253,6 @@ def _eligible(tower: Tower, rows: int, length: int) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or cuda_graph_unsupported_reason(tower.device) is not None
     ):
-        return False
-    repeated = lengths_that_repeat()
-    if repeated is not None and length not in repeated:
         return False
     if not 0 < rows * length <= MAX_TOKENS or length > tower.spec.chunk_size:
         return False

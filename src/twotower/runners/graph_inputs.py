@@ -2,7 +2,8 @@
 
 Pools of keys, values and Mamba states are read in place: their addresses are part of the shape. The other inputs are
 copied to the static addresses of the graph; all layers' modulation is one tensor. Rows and context width are rounded up
-to powers of two, so that there are few shapes.
+to powers of two, so that there are few shapes. So are the tokens of a row in a pass with masks behind a prefix, whose
+number the engine chooses for each pass.
 """
 
 from __future__ import annotations
@@ -11,36 +12,49 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.cache.layer_cache import CacheUpdate, KeyValue, LayerCache, MambaCache, ParallelCache, ParallelUpdate
 from twotower.model.conditioning import LayerModulations
 from twotower.model.layer_io import AttentionMetadata
-from twotower.model.tower import PassInputs
+from twotower.model.tower import PassInputs, lengths_that_repeat
 from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.mamba_block import MambaStepInputs
 
 MIN_CONTEXT_WIDTH = 256  # tokens
 
 
-def in_buckets(inputs: PassInputs) -> tuple[PassInputs, int]:
-    """The inputs with a rounded context width, and the number of rows of their graph, of which the surplus is padding.
+def graph_width(inputs: PassInputs) -> int | None:
+    """The tokens of a row in the graph of a pass; None: passes of this length do not repeat.
 
-    Keys beyond a row's length are masked.
+    With a prefix, the next power of two, or a repeated length below it. Otherwise the exact number.
+    """
+    length, repeated = inputs.tokens.shape[1], lengths_that_repeat()
+    if inputs.meta.prefix is None:
+        return length if repeated is None or length in repeated else None
+    return min([1 << (length - 1).bit_length(), *(own for own in repeated or () if own >= length)])
+
+
+def in_buckets(inputs: PassInputs, width: int | None = None) -> tuple[PassInputs, int]:
+    """The inputs with rounded context width and `width` tokens a row, and the number of rows of their graph.
+
+    Surplus tokens and rows are padding, and keys beyond a row's length are masked. width: of `graph_width`.
     """
     past = inputs.past
     if past is not None:
         past = [_change_caches(own, _bucket_width, lambda state: state) for own in past]
-    rows, count = _bucket_rows(inputs), len(inputs.tokens)
-    if rows == count:
-        return inputs._replace(past=past), rows
-    if past is not None and any(own.slots is None for own in _caches(past) if isinstance(own, MambaCache)):
-        slots = torch.arange(count, device=inputs.tokens.device)  # surplus rows have no rows of the pools
-        past = [_change_caches(own, lambda keys: keys, lambda state: state._replace(slots=slots)) for own in past]
-    meta = inputs.meta
-    if meta.token_mask is None:
-        meta = replace(meta, token_mask=torch.ones_like(inputs.tokens, dtype=torch.bool))
-    return inputs._replace(past=past, meta=meta), rows
+    rows, (count, length) = _bucket_rows(inputs), inputs.tokens.shape
+    tokens, meta, surplus = inputs.tokens, inputs.meta, (width or length) - length
+    if rows != count and any(own.slots is None for own in _caches(past) if isinstance(own, MambaCache)):
+        slots = torch.arange(count, device=tokens.device)  # surplus rows have no rows of the pools
+        past = [_change_caches(own, lambda keys: keys, lambda state: state._replace(slots=slots)) for own in past or ()]
+    if meta.token_mask is None and (rows != count or meta.prefix is not None):
+        meta = replace(meta, token_mask=torch.ones_like(tokens, dtype=torch.bool))
+    if surplus:
+        assert meta.token_mask is not None, "only passes with a prefix are padded"
+        tokens, meta = F.pad(tokens, (0, surplus)), replace(meta, token_mask=F.pad(meta.token_mask, (0, surplus)))
+    return inputs._replace(tokens=tokens, meta=meta, past=past), rows
 
 
 def bucket(width: int) -> int:
@@ -76,6 +90,7 @@ def shape_key(inputs: PassInputs) -> Hashable:
     kinds = (
         meta.token_mask is None,
         meta.causal,
+        meta.prefix is None,
         meta.start is None,
         meta.long is None,
         inputs.modulation is None,
@@ -128,7 +143,7 @@ def _layouts(past: Sequence[LayerCache] | None) -> dict[tuple[int, int, int], Ro
 def input_tensors(inputs: PassInputs) -> list[Tensor]:
     """The input tensors of a pass that have a row dimension, in a fixed order."""
     out = [inputs.tokens]
-    out += [part for part in (inputs.meta.token_mask, inputs.meta.start, inputs.meta.long) if part is not None]
+    out += [part for part in _rows_of(inputs.meta) if part is not None]
     slots = {id(own.slots): own.slots for own in _caches(inputs.past) if isinstance(own, MambaCache)}
     out += [own for own in slots.values() if own is not None]
     for layout in _layouts(inputs.past).values():
@@ -136,6 +151,11 @@ def input_tensors(inputs: PassInputs) -> list[Tensor]:
     if inputs.modulation is not None:
         out.append(LayerModulations.of(inputs.modulation).parts)
     return out
+
+
+def _rows_of(meta: AttentionMetadata) -> tuple[Tensor | None, ...]:
+    """The tensors of a row dimension."""
+    return meta.token_mask, meta.prefix, meta.start, meta.long
 
 
 def validity(inputs: PassInputs) -> list[Tensor]:
@@ -151,9 +171,8 @@ def static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
         return tensor.new_zeros(rows, *tensor.shape[1:])
 
     meta = inputs.meta
-    rows_of = meta.token_mask, meta.start, meta.long
-    token_mask, start, long = (None if tensor is None else room(tensor) for tensor in rows_of)
-    meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, start=start, long=long)
+    token_mask, prefix, start, long = (None if tensor is None else room(tensor) for tensor in _rows_of(meta))
+    meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, prefix=prefix, start=start, long=long)
     layouts = {key: tuple(map(room, layout)) for key, layout in _layouts(inputs.past).items()}
 
     def with_own_layout(cached: CachedKV) -> CachedKV:

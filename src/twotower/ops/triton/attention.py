@@ -4,7 +4,8 @@ Each program reads its split from the pool in place. The query heads of one KV h
 into tiles. One program handles one tile of one row and KV head over one split. The first split also takes the block's
 own keys. The number of splits depends on shapes only, so a CUDA graph can capture the pass. The range of a split
 depends on the row's length; a split beyond a short row's keys exits at once. With a window of w, the splits divide only
-the last w − 1 cached keys. Softmax is computed in fp32 with base-2 exponentials. Importing this module needs Triton.
+the last w − 1 cached keys. Rows may have a causal prefix: each program reads its length on the device. Softmax is
+computed in fp32 with base-2 exponentials. Importing this module needs Triton.
 
 Memory traffic of one row of the 30B shape (32 query and 2 KV heads of 128, bf16) with 128K tokens of context:
 
@@ -28,9 +29,11 @@ from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.triton.launch import MAX_HEAD_DIM, device_guard, tile_of
 from twotower.ops.triton.softmax import (
     cached_keys,
+    causal_tokens,
     final_scores,
     keys_outside,
     online_softmax_step,
+    own_seen,
     score_factors,
 )
 
@@ -90,7 +93,7 @@ def attention(
 ) -> Tensor:
     """As `twotower.ops.reference.attention.attention`, without gradients."""
     rows, length, all_heads, width = q.shape
-    if tile_of(width) > MAX_HEAD_DIM or prefix is not None:
+    if tile_of(width) > MAX_HEAD_DIM:
         return reference.attention(q, k, v, token_mask, causal, cached, options, prefix)
     heads = k.shape[2]
     out = q.new_empty(q.shape)
@@ -118,6 +121,7 @@ def attention(
         _attention_kernel[grid[0], splits, grid[2]](
             *(q, k, v),
             None if token_mask is None else token_mask.bool().contiguous().view(torch.uint8),
+            None if prefix is None else prefix.contiguous(),
             *pools,
             *(out, parts, weights),
             *q.stride()[:3],
@@ -128,7 +132,7 @@ def attention(
             options.window,
             HAS_MASK=token_mask is not None,
             HAS_CACHE=pools[0] is not None,
-            CAUSAL=causal,
+            CAUSAL=causal or prefix is not None,
             SPLIT=splits > 1,
             ROWS=tile.rows,
             OWN=min(tile.keys, tile_of(length)),
@@ -152,6 +156,7 @@ def _attention_kernel(
     k,
     v,
     token_mask,
+    prefix,
     pool_k,
     pool_v,
     start,
@@ -186,7 +191,8 @@ def _attention_kernel(
 ):
     """One tile of stacked queries (axis 0), one split of the cached keys (axis 1), one row and KV head (axis 2).
 
-    Axis 0 varies fastest, so tiles that read the same keys run side by side.
+    Axis 0 varies fastest, so tiles that read the same keys run side by side. CAUSAL: with a prefix, the first `prefix`
+    tokens of a row are causal, and the others are not.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -224,10 +230,11 @@ def _attention_kernel(
     # The other tokens of the block, if any.
     begin_own = 0
     end = length
+    causal = length
     if CAUSAL:
-        end = tl.minimum(end, (tile * ROWS + ROWS - 1) // GROUPS + 1)
+        first_token, end, causal = causal_tokens(tile, prefix, row, length, ROWS, GROUPS)
         if window is not None:
-            begin_own = tl.maximum(tile * ROWS // GROUPS - (window - 1), 0) // OWN * OWN
+            begin_own = tl.maximum(first_token - (window - 1), 0) // OWN * OWN
     end = tl.where(first & (length > 1), end, 0)
     for begin in range(begin_own, end, OWN):
         other = begin + tl.arange(0, OWN)
@@ -237,12 +244,7 @@ def _attention_kernel(
         exists = counted[:, None] & of_head
         keys = tl.load(k + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)
         values = tl.load(v + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)
-        if CAUSAL:
-            seen = other[None, :] < token[:, None]
-            if window is not None:
-                seen = seen & (other[None, :] > token[:, None] - window)
-        else:
-            seen = other[None, :] != token[:, None]
+        seen = own_seen(token, other, prefix, causal, window, CAUSAL)
         max_score, exp_sum, acc = online_softmax_step(
             max_score, exp_sum, acc, query, keys, values, seen & counted[None, :], scale, cap
         )
@@ -254,7 +256,7 @@ def _attention_kernel(
         pool_v += where
         begin_cached = low
         if CAUSAL and window is not None:  # later tiles of queries do not see the first keys
-            begin_cached += tl.maximum(keys_outside(tile * ROWS // GROUPS, cached, window) - low, 0) // KEYS * KEYS
+            begin_cached += tl.maximum(keys_outside(first_token, cached, window) - low, 0) // KEYS * KEYS
         for begin in range(begin_cached, high, KEYS):
             other = begin + tl.arange(0, KEYS)
             counted = other < high
@@ -263,7 +265,8 @@ def _attention_kernel(
             values = tl.load(pool_v + other[:, None] * WIDTH + d[None, :], mask=exists, other=0.0)
             seen = counted[None, :]
             if CAUSAL and window is not None:
-                seen = seen & (other[None, :] >= keys_outside(token, cached, window)[:, None])
+                outside = keys_outside(tl.where(token < causal, token, 0), cached, window)
+                seen = seen & (other[None, :] >= outside[:, None])
             max_score, exp_sum, acc = online_softmax_step(
                 max_score, exp_sum, acc, query, keys, values, seen, scale, cap
             )

@@ -1,4 +1,4 @@
-"""Parts of the attention kernels: which cached keys a split has, scores, and a step of online softmax.
+"""Parts of the attention kernels: which keys a split and a query have, scores, and a step of online softmax.
 
 Importing this module needs Triton.
 """
@@ -64,3 +64,34 @@ def online_softmax_step(max_score, exp_sum, acc, query, keys, values, seen, scal
 def keys_outside(token, cached, window):
     """The number of the row's `cached` keys that lie before the window of a causal query."""
     return cached + token - (window - 1)
+
+
+@triton.jit
+def causal_tokens(tile, prefix, row, length, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """A tile of stacked queries that may be causal → its first token, the end of the own tokens that it attends to, and
+    the number of causal tokens of the row.
+
+    A tile with a token that is not causal attends to the whole block; its first token is then 0, that of the window.
+    """
+    first = tile * ROWS // GROUPS
+    end = tl.minimum(length, (tile * ROWS + ROWS - 1) // GROUPS + 1)
+    causal = length
+    if prefix is not None:
+        causal = tl.load(prefix + row).to(tl.int32)
+        first = tl.where(end > causal, 0, first)
+        end = tl.where(end > causal, length, end)
+    return first, end, causal
+
+
+@triton.jit
+def own_seen(token, other, prefix, causal, window, CAUSAL: tl.constexpr):
+    """Which `other` tokens of its block each token attends to, without itself. causal: of `causal_tokens`."""
+    if CAUSAL:
+        seen = other[None, :] < token[:, None]
+        if window is not None:
+            seen = seen & (other[None, :] > token[:, None] - window)
+        if prefix is not None:
+            seen = seen | ((token >= causal)[:, None] & (other[None, :] != token[:, None]))
+    else:
+        seen = other[None, :] != token[:, None]
+    return seen
