@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from twotower.backbone_config import autoregressive_config, plain_numbers, reason
 from twotower.denoiser_fields import NAMES, SEVERAL, DenoiserConfig, refuse_denoiser_fields
-from twotower.errors import ConfigError
+from twotower.errors import ConfigError, init_command
 from twotower.json_text import JsonObject
 from twotower.named_denoisers import NamedDenoisers
 from twotower.nemotron_h_fields import NemotronHFields, layer_kinds
@@ -167,7 +167,7 @@ class TwoTowerConfig(PretrainedConfig):
         if kind not in (MODEL_TYPE, GENERIC_MODEL_TYPE):
             raise ConfigError(
                 f"{file}: model_type is {kind!r}; a two-tower model has {MODEL_TYPE!r} or {GENERIC_MODEL_TYPE!r}. "
-                "Make one from an autoregressive model with twotower init"
+                f"Make one of an autoregressive model: {init_command(file.parent)}"
             )
         if kind == MODEL_TYPE and not (raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}):
             raise ConfigError(f"{file}: has no hybrid_override_pattern, so the kinds of its layers are unknown")

@@ -1,9 +1,16 @@
 """Errors that a user can cause. A message is one line: what is wrong, the given value, and what to do."""
 
+import shlex
+
 
 def install_command(extra: str) -> str:
     """The commands that install an extra of this package, for error messages."""
     return f"pip install 'twotower[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
+
+
+def init_command(source: object) -> str:
+    """The command that makes a two-tower model of an autoregressive one, for error messages."""
+    return f"twotower init --from {shlex.quote(str(source))} -o DIR"
 
 
 class TwoTowerError(Exception):

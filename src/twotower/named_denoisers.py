@@ -114,11 +114,12 @@ class NamedDenoisers:
             )
         return name
 
-    def ambiguous(self) -> ConfigError:
-        """The error of code that needs one denoiser, and has several."""
+    def ambiguous(self, source: str = "MODEL") -> ConfigError:
+        """The error of code that needs one denoiser, and has several. source: the checkpoint."""
+        first = self.names[0]
         return ConfigError(
-            f"the model has the denoisers {words(self.names)}, and one is needed; name it (denoiser=NAME), or write it "
-            "alone: twotower export --to denoiser --denoiser NAME"
+            f"the model has the denoisers {words(self.names)}, and one is needed; name it (denoiser={first!r}), or "
+            f"write it alone: twotower export {source} --to denoiser --denoiser {first} -o DIR"
         )
 
     def to_json(self) -> JsonObject:

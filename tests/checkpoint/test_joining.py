@@ -188,7 +188,10 @@ def test_wrong_commands_are_one_line_each(made: Folders, joined: Path, cli: Call
         (("export", joined, "--to", "denoiser", "--denoiser", "x", "-o", out), "denoiser is 'x'; this model has the"),
         (("export", full, "--to", "denoiser", "--denoiser", "x", "-o", out), "has one denoiser already"),
         (("export", joined, "--to", "peft", "-o", out), "and one is needed; name it"),
-        (("train", joined, "-o", out, "--data", "none.jsonl"), "and one is needed; name it"),
+        (
+            ("train", joined, "-o", out, "--data", "none.jsonl"),
+            f"write it alone: twotower export {joined} --to denoiser --denoiser adapters -o DIR",
+        ),
         (
             ("generate", "ab", "-m", joined, "--denoiser", "x"),
             "denoiser is 'x'; this model has the denoisers adapters,",

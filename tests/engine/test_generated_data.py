@@ -120,12 +120,12 @@ def test_lines_without_a_prompt_are_skipped_and_named(cli: Cli, tmp_path: Path) 
     command = ("generate-data", tiny_chat.backbone(), "--prompts", path, "-o", out, *OPTIONS)
     result = cli(*command)
     assert result.code == 0
-    assert "9 lines without a usable prompt; the first is line 1: not JSON" in result.err
+    assert "9 lines without a usable prompt; the first is line 2: not JSON" in result.err
     (record,) = records(out)
     assert (record["line"], record["id"], record["prompt"]) == (10, 3, "Ada")
     out.unlink()
     assert_one_line_error(
-        cli(*command, "--max-bad-records", "8"), "9 lines without a usable prompt", "line 1: not JSON"
+        cli(*command, "--max-bad-records", "8"), "9 lines without a usable prompt", "line 2: not JSON"
     )
     assert not out.exists()
 
@@ -134,7 +134,7 @@ def test_lines_without_a_prompt_are_skipped_and_named(cli: Cli, tmp_path: Path) 
     ("lines", "options", "said"),
     [
         ([{"prompt": "x"}], ("--samples", "2"), "samples is 2, and at temperature 0 all answers"),
-        (["", "nonsense"], (), "has no line with a prompt"),
+        (["", "nonsense"], (), "no line can be answered; line 2: not JSON"),
     ],
 )
 def test_bad_input(cli: Cli, tmp_path: Path, lines: list[Any], options: tuple[str, ...], said: str) -> None:

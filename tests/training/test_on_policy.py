@@ -273,6 +273,31 @@ def test_training_computes_the_logits_of_decoding(
     assert compared > 50
 
 
+@torch.no_grad()
+def test_inputs_with_a_refused_token_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several passes for a draft, later passes read drafted tokens, which AR may refuse."""
+    model = model_of("nemotron_h", "shift")
+    denoise, inputs = model.denoise, {}
+
+    def spy(tokens: Tensor, t: Tensor, view: ContextView, **options: Any) -> Tensor:
+        masked = tokens[0] == MASK
+        inputs[int(view.lengths[0]), tuple(masked.tolist())] = tokens[0, ~masked].tolist()
+        return denoise(tokens, t, view, **options)
+
+    monkeypatch.setattr(model, "denoise", spy)
+    left_out = 0
+    for prompt in prompts():
+        inputs.clear()
+        (rollout,) = decode(model, [prompt], replace(params("verified"), draft_steps=3), 5, 1)
+        for (start, masked), visible in inputs.items():
+            own = [rollout.tokens[start:][place : place + 1] for place, hidden in enumerate(masked) if not hidden]
+            own = [token for found in own for token in found]
+            kept = State(start, masked) in [replace(state, refused=False) for state in rollout.states]
+            assert visible == own or not kept
+            left_out += visible != own
+    assert left_out > 5
+
+
 @pytest.mark.parametrize(("name", "choice", "mode"), OWN_PASSES)
 @torch.no_grad()
 def test_no_prediction_of_a_state_reads_its_token_or_later_text(name: str, choice: str, mode: str) -> None:

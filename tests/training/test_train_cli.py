@@ -77,6 +77,14 @@ DATA: dict[str, tuple[Spoil, str]] = {
         with_data("{\n" * 200, "--max-bad-records", "9"),
         r"bad.jsonl: 10 bad records, 9 are .* line 10: broken JSON",
     ),
+    "not JSON, within the limit": (
+        with_data("{\n" * 9),
+        r"bad.jsonl: contains no usable document; .*; 9 bad records, the first is .*bad.jsonl line 1: broken JSON \(",
+    ),
+    "one record, and it is broken": (
+        with_data("{", "--held-out", "0"),
+        r"contains no usable document; .*; 1 bad record, the first is .*bad.jsonl line 1: broken JSON \(",
+    ),
     "the mask token": (
         with_data([*texts(20), {"text": "so <mask> it"}] * 9, "--held-out", "0"),
         r"bad.jsonl line \d+: its text contains the mask token \(id 3\)",
@@ -339,6 +347,33 @@ def test_another_config_under_the_same_name_is_refused(tmp_path: Path, capfd: py
     assert run_cli(args) == 0
     config.write_text(json.dumps(GOOD | {"hidden_size": 35}))
     assert "contains a run with config.hidden_size 33, and this command has 35" in complaint(args, capfd)
+
+
+def test_a_run_of_another_model_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    run, other = uninterrupted("train"), tiny_run.two_towers(tmp_path / "other", "M*-")
+    said = complaint(tiny_run.given().train(run, model=other), capfd)
+    assert said == (
+        f"{run} contains a run of {tiny_run.given().model}, and this command trains {other}; give another directory "
+        "with -o, or resume the run with its own model"
+    )
+
+
+@pytest.mark.parametrize("verb", ["train", "pretrain"])
+def test_skipped_records_are_named_at_the_end(verb: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    data = tmp_path / "some.jsonl"
+    lines = [json.dumps(record) for record in texts(12)]
+    data.write_text("\n".join(["{", *lines[:4], '{"body": "x"}', "[", *lines[4:]]) + "\n")
+    length = ("--steps", "4") if verb == "pretrain" else ("--stages", "16:4")
+    args = getattr(tiny_run.given(), verb)(tmp_path / "run", "--held-out", "0", *length)
+    args[args.index("--data") + 1] = str(data)
+    assert run_cli(args) == 0
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if ": skipped " in line]
+    assert said.startswith(f"{data}: skipped 3 records: ")
+    parts = said.removeprefix(f"{data}: skipped 3 records: ").split("; ")
+    assert sorted(part.partition(" (")[0] for part in parts) == sorted(
+        [f"2 like {data} line {broken}: broken JSON" for broken in (1, 7) if f"line {broken}: broken" in said]
+        + [f"1 like {data} line 6: no field 'text'"]
+    )
 
 
 # --- several processes ---------------------------------------------------------------------------------------------

@@ -68,7 +68,10 @@ def read_config(directory: Path) -> tuple[TwoTowerConfig, bool]:
     check_not_adapter(directory)
     raw = read_object(file, "give a checkpoint directory")
     if ARCHITECTURE in (raw.get("architectures") or ()) or raw.get("model_type") == GENERIC_MODEL_TYPE:
-        raise ConfigError(f"{file}: already the config of a two-tower checkpoint; no conversion is needed")
+        raise ConfigError(
+            f"{file}: already the config of a two-tower checkpoint; use it with twotower train or "
+            "twotower generate, or write its autoregressive model alone: twotower export --to one-tower"
+        )
     _check_not_quantised(file, raw)
     if raw.get("model_type") != MODEL_TYPE:
         with errors_of(file):

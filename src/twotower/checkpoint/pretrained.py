@@ -30,7 +30,7 @@ from twotower.config import (
     TwoTowerConfig,
     errors_of,
 )
-from twotower.errors import ArgumentError, CheckpointError
+from twotower.errors import ArgumentError, CheckpointError, init_command
 from twotower.model.denoisers import check_one_device
 from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.quantization import INT8_ACTIVATIONS, QuantizationPlan
@@ -67,7 +67,8 @@ def from_pretrained(
     expected = architecture(config)
     if expected not in (config.architectures or [expected]):
         raise CheckpointError(
-            f"{directory}: architectures in config.json is {config.architectures}; it must be [{expected!r}]"
+            f"{directory}: architectures in config.json is {config.architectures}, not [{expected!r}], so it is no "
+            f"two-tower model; make one of an autoregressive model: {init_command(directory)}"
         )
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)

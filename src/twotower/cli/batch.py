@@ -29,7 +29,7 @@ memory_option = click.option(
     "-o",
     "--out",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=models.OUTPUT_FILE,
     help="File for the results, one JSON line for each prompt.",
 )
 @models.model_option
@@ -141,7 +141,7 @@ def batch(
     "--out",
     required=True,
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=models.OUTPUT_FILE,
     help="File for the records. The same command again continues it.",
 )
 @click.option(

@@ -104,6 +104,10 @@ def bench(
     from twotower.evaluation.machine import machine_facts, machine_summary
     from twotower.evaluation.workloads import few_shot_workloads, file_workloads
 
+    if files and models.is_given("contexts"):
+        raise click.UsageError(
+            "--context is the length of the suite's prompts, and --prompts gives others; leave one out"
+        )
     parsed = [parse_setting(text) for text in settings]
     loaded, source = models.load_text_model(
         model, "there are no prompts; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads

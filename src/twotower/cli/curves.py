@@ -6,13 +6,15 @@ from pathlib import Path
 
 import click
 
+from twotower.cli.model_options import OUTPUT_FOLDER
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OUTPUT_FOLDER,
     metavar="DIR",
     help="Folder for the pictures. [default: RUN]",
 )

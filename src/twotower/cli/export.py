@@ -46,7 +46,7 @@ _TARGETS_OF = {
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=models.OUTPUT,
     metavar="DIR",
     help="Directory of the new files.",
 )

@@ -126,7 +126,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p", "min_p")
 @click.option("--watch", is_flag=True, help="Show each denoising pass on stderr.")
 @click.option(
     "--trace",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=models.OUTPUT_FILE,
     metavar="FILE",
     help="Write a picture of the denoising passes: .svg, .png or .html.",
 )
@@ -136,13 +136,12 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p", "min_p")
 @models.context_device_option
 @models.denoiser_device_option
 @models.threads_option
-@click.pass_context
-def generate(ctx: click.Context, /, **options: Any) -> None:
+def generate(**options: Any) -> None:
     """Continue a prompt.
 
     Without PROMPT, or if it is "-", the prompt is read from stdin. The text goes to stdout, everything else to stderr.
     """
-    given = {name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
+    given = {name for name in options if models.is_given(name)}
     generate_text(GenerateOptions(given=frozenset(given), **options))
 
 

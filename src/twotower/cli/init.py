@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.cli.info import DTYPES
 from twotower.cli.terminal import byte_bar
@@ -145,6 +146,7 @@ def init(
     A mask stands for a token that is not known yet. The mask token must be one that no text contains. The command
     prints its choice and the reason, and config.json keeps it.
     """
+    models.check_calibration_tokens(calibration)
     of_a_tower = bool(denoiser_layers or denoiser_feed_forward or calibration)
     denoiser_lora = _rank(kind, denoiser_lora, adapters, of_a_tower)
     with models.status("reading …"):
@@ -152,7 +154,7 @@ def init(
         from twotower.checkpoint.denoiser_choices import DenoiserChoices
     with byte_bar() as progress:
         made = convert(
-            source,
+            model_loading.source_of(source),
             output,
             mask_token=mask_token,
             denoiser_lora=denoiser_lora,

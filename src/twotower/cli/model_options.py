@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from twotower import model_loading
 from twotower.cli.terminal import status_line
@@ -21,6 +22,23 @@ if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 Command = TypeVar("Command", bound=Callable[..., object])
+
+
+class OutputPath(click.Path):
+    """A file or folder that a command writes. An empty text is refused: as a path it is the current directory."""
+
+    def __init__(self, *, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if value == "":
+            self.fail("it is empty; give a path (the current directory is .)", param, ctx)
+        return Path(str(super().convert(str(value), param, ctx)))
+
+
+OUTPUT = OutputPath()
+OUTPUT_FILE = OutputPath(dir_okay=False)
+OUTPUT_FOLDER = OutputPath(file_okay=False)
 
 
 def check_plan(_: click.Context, __: click.Parameter, plan: str | None) -> str | None:
@@ -43,7 +61,7 @@ new_checkpoint_option = click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path),
+    type=OUTPUT,
     metavar="DIR",
     help="Directory of the new checkpoint.",
 )
@@ -84,6 +102,19 @@ calibration_tokens_option = click.option(
     show_default=True,
     help="Tokens of --calibrate to read.",
 )
+
+
+def is_given(name: str) -> bool:
+    """Whether the command line or the environment has a value for an option."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
+def check_calibration_tokens(calibration: Sequence[str]) -> None:
+    """Raises UsageError if there is a number of tokens, and no text to calibrate with."""
+    if is_given("calibration_tokens") and not calibration:
+        raise click.UsageError("--calibration-tokens has no effect without --calibrate; add it, or leave it out")
+
+
 problem_seed_option = click.option(
     "--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems."
 )

@@ -118,6 +118,7 @@ def quantize(
     """
     from twotower.cli.quantization_table import check_report_file
 
+    models.check_calibration_tokens(calibration)
     file = None if report in (None, "-") else Path(str(report))
     check_report_file(file)
     source = model_loading.source_of(model)

@@ -26,7 +26,7 @@ POINTS_FILE = "points.json"
 @click.option(
     "-o",
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=models.OUTPUT_FOLDER,
     default=Path("report"),
     show_default=True,
     metavar="DIR",

@@ -10,6 +10,7 @@ import click
 
 from twotower import model_loading
 from twotower.cli.deprecated import formerly
+from twotower.cli.model_options import is_given
 from twotower.cli.train_options import (
     ON_POLICY_NAMES,
     RECIPE_NAMES,
@@ -73,6 +74,8 @@ def pretrain(
     two towers of it.
     """
     output = _required_output(output)
+    if options["source"] is not None:
+        options["source"] = str(model_loading.source_of(options["source"]))
     configure_process(threads)
     _require_tensorboard(options["tensorboard"])
     from twotower.training import backbone_runs
@@ -271,14 +274,14 @@ def _denoiser_validation(inputs: ValidationInputs) -> Validate:
 def _warn_without_effect(*names: str) -> None:
     """Warns of each of these options that the command line names beside --stages."""
     for name in names:
-        if _is_given(name):
+        if is_given(name):
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect with --stages.", err=True)
 
 
 def _refuse_without_stages() -> None:
     """Raises ArgumentError for an option of on-policy stages, if there are none."""
     for name in ON_POLICY_NAMES[1:]:
-        if _is_given(name):
+        if is_given(name):
             raise ArgumentError(f"--{name.replace('_', '-')} has no effect without --on-policy-every; add it")
 
 
@@ -308,7 +311,7 @@ def _show_plan(
         shared["micro_batch_size"] = options["micro_batch_size"]
     if options["dtype"] != "auto":
         shared["dtype"] = options["dtype"]
-    if _is_given("batch_size"):  # the default is one micro-batch on each GPU
+    if is_given("batch_size"):  # the default is one micro-batch on each GPU
         shared["batch_size"] = options["batch_size"]
     config = TwoTowerConfig.read(Path(source))
     own = config.denoiser.adapters
@@ -330,12 +333,6 @@ def _only_block_size(stages: str) -> int:
             f"--plan plans one block size, and --stages has {', '.join(map(str, sizes))}; give --block-size instead"
         )
     return sizes[0]
-
-
-def _is_given(name: str) -> bool:
-    """Whether the command line or the environment has a value for an option."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is not click.core.ParameterSource.DEFAULT
 
 
 def _require_tensorboard(tensorboard: bool) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import click
 
 from twotower.cli.deprecated import formerly
+from twotower.cli.model_options import OUTPUT_FOLDER
 from twotower.errors import ArgumentError
 
 DTYPES = ("auto", "bfloat16", "float32", "float64")
-FOLDER = click.Path(file_okay=False, path_type=Path)
 
 RECIPES = ("draft", "diffusion", "both")
 BLOCK_STARTS = ("prompt", "anywhere")
@@ -100,7 +100,7 @@ OPTIONS = (
         "-o",
         "--output",
         "output",
-        type=FOLDER,
+        type=OUTPUT_FOLDER,
         metavar="RUN",
         help="Run directory. The same command again resumes the run.",
     ),

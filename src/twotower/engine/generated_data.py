@@ -66,8 +66,8 @@ def read_prompts(path: Path, model: Towers, options: DataOptions) -> tuple[list[
         except (_BadLine, TwoTowerError, UnicodeError) as error:
             bad.append(Line(raw.number, "", error=str(error)))
     if not lines:
-        first = f"; line {bad[0].number}: {bad[0].error}" if bad else ""
-        raise ArgumentError(f'{path}: has no line with a prompt; give JSON objects with "prompt" or "messages"{first}')
+        first = f"no line can be answered; line {bad[0].number}: {bad[0].error}" if bad else "has no lines"
+        raise ArgumentError(f'{path}: {first}; give JSON objects with "prompt" or "messages"')
     return lines, bad
 
 

@@ -16,7 +16,7 @@ from twotower.training import fine_tuning, weights
 from twotower.training.data import Batch, Encoder, RowLoader, Source
 from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective
-from twotower.training.run_data import open_held_out, open_loader, open_sources
+from twotower.training.run_data import open_held_out, open_loader, open_sources, report_skipped
 from twotower.training.run_settings import PretrainSettings, RunSettings
 from twotower.training.run_tokenizer import encoder_for, set_special_token_ids, tokenizer_of_run, with_template
 from twotower.training.runs import (
@@ -120,6 +120,7 @@ def _fine_tune(
 class _Data:
     """The data of next-token prediction. held_out: this process's batches, by validation source."""
 
+    sources: list[Source]
     loader: RowLoader
     held_out: dict[str, list[Batch]]
     encoder: Encoder
@@ -129,6 +130,7 @@ class _Data:
         cls, settings: RunSettings, sources: list[Source], held_out: list[Source], encoder: Encoder, world: World
     ) -> _Data:
         return cls(
+            sources=[*sources, *held_out],
             loader=open_loader(settings, sources, encoder, "fixed", world),
             held_out=open_held_out(settings, held_out, encoder, world),
             encoder=encoder,
@@ -165,3 +167,4 @@ def _train_backbone(
         world,
         validation(inputs) if validation and data.held_out else None,
     )
+    report_skipped(data.sources, world)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from twotower.training.data import Batch, Encoder, Offset, RowLoader, Source, held_out_batches
@@ -65,3 +68,25 @@ def open_held_out(
         )
         for source in sources
     }
+
+
+def report_skipped(sources: Sequence[Source], world: World) -> None:
+    """Prints one line for each source of which a process has skipped records. Every process calls this function."""
+    every = world.gather([(source.name, source.bad) for source in sources])
+    found: dict[str, dict[str, str]] = {}
+    for name, bad in (pair for part in every for pair in part):
+        found.setdefault(name, {}).update(bad)
+    if world.is_main:
+        for line in skipped_lines(found):
+            print(line, file=sys.stderr, flush=True)
+
+
+def skipped_lines(found: Mapping[str, Mapping[str, str]]) -> Iterable[str]:
+    """found: place → reason of the skipped records of each source. A line has the first record of each kind."""
+    for name, bad in found.items():
+        kinds: dict[str, list[str]] = {}
+        for place, reason in bad.items():
+            kinds.setdefault(re.sub(r" *\(.*|\d+", "", reason), []).append(f"{place}: {reason}")
+        parts = (f"{len(places)} like {places[0]}" for places in kinds.values())
+        if bad:
+            yield f"{name}: skipped {len(bad)} record{'s' * (len(bad) > 1)}: " + "; ".join(parts)

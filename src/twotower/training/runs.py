@@ -26,7 +26,7 @@ from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.on_policy.setup import on_policy_stages
 from twotower.training.recipe import Recipe
-from twotower.training.run_data import open_held_out, open_loader, open_sources
+from twotower.training.run_data import open_held_out, open_loader, open_sources, report_skipped
 from twotower.training.run_settings import DenoiserSettings, RunSettings
 from twotower.training.run_tokenizer import encoder_for, with_template
 from twotower.training.trainer import MoreRows, TrainerOptions, Validate, lock_run_dir, train
@@ -64,6 +64,8 @@ def train_denoiser(
     source = resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
     refuse_quantized(config, source, "training")
+    if config.denoisers is not None:
+        raise config.denoisers.ambiguous(str(source))
     if config.denoiser.adapters is not None:
         _check_adapters(settings, source, BlockRule.of(config.denoiser).one_pass)
     elif settings.tie and (config.denoiser.denoiser_layers or config.denoiser.denoiser_feed_forward):
@@ -116,6 +118,7 @@ def _train_denoiser(
         validation(inputs) if validation and batches else None,
         _on_policy_rows(settings, inputs, encoder, shift, directory),
     )
+    report_skipped([*sources, *held_out], world)
     whole = _final_weights(model, source, settings.tie, world)
     if world.is_main:
         publish(directory, lambda folder: _write_two_towers(whole, config, folder, source, settings.chat_template))

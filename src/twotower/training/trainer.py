@@ -32,6 +32,7 @@ from twotower.training.stop_request import StopRequest
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
+MODEL_SETTINGS = ("model", "source", "config")  # of `train`, of `pretrain --from` and `--config`
 ROLLOUTS_FOLDER = "rollouts"  # of on-policy training
 TOKENIZER_FILE = "tokenizer.json"  # only of a run that trains its tokenizer
 
@@ -288,6 +289,12 @@ def _begin(directory: Path, settings: dict[str, object]) -> str | None:
     begun = with_present_names(json.loads(file.read_text(encoding="utf-8")), SETTINGS) if file.exists() else {}
     changed = [name for name in sorted(set(begun) | set(wanted)) if begun.get(name) != wanted.get(name)]
     if changed and begun and (checkpoints.has_any(directory / "checkpoints") or (directory / "model").exists()):
+        was, now = (next(filter(None, map(own.get, MODEL_SETTINGS)), None) for own in (begun, wanted))
+        if was != now:
+            return (
+                f"{directory} contains a run of {was}, and this command trains {now}; give another directory with -o, "
+                "or resume the run with its own model"
+            )
         return (
             f"{directory} contains a run with {changed[0]} {begun.get(changed[0])!r}, and this command has "
             f"{wanted.get(changed[0])!r}; resume it with the same command, or give another directory"

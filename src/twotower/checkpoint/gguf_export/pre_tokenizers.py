@@ -6,6 +6,7 @@ the name of a pre-tokenizer with the same steps.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Callable, Sequence
 
@@ -173,8 +174,10 @@ def name_of(given: str | None, encode: Callable[[str], Sequence[int]], pre_token
     """
     if given is not None:
         if given not in NAMES:
+            like = difflib.get_close_matches(given, sorted(NAMES), 5) or ("llama-bpe", "qwen2", "gpt-2", "default")
             raise CheckpointError(
-                f"--pre-tokenizer is {given!r}, which llama.cpp does not know; it knows {', '.join(sorted(NAMES))}"
+                f"--pre-tokenizer is {given!r}, which is none of the {len(NAMES)} names of llama.cpp, such as "
+                f"{', '.join(like)}; leave it out to have it recognised"
             )
         return given
     tokens = list(encode(TEST_TEXT))

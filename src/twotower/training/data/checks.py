@@ -46,10 +46,10 @@ def require_enough(sources: Sequence[Source], encoder: Encoder, batch_size: int,
             if documents >= batch_size and tokens >= block_size:
                 break
         if not found:
-            raise too_few_documents(source.name, 0, batch_size)
-    names = ", ".join(source.name for source in sources)
+            raise too_few_documents([source], 0, batch_size)
     if documents < batch_size:
-        raise too_few_documents(names, documents, batch_size)
+        raise too_few_documents(sources, documents, batch_size)
+    names = ", ".join(source.name for source in sources)
     if tokens < block_size:
         raise ArgumentError(
             f"{names}: {tokens} tokens in all, less than a block of {block_size}; give more data or smaller blocks"

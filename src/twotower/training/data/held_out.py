@@ -12,7 +12,7 @@ from twotower.training.data.checks import check_sizes
 from twotower.training.data.documents import BadRecord, Document, Encoder
 from twotower.training.data.loader import LOOK_AHEAD
 from twotower.training.data.packing import Piece, collate, fill_row, to_piece
-from twotower.training.data.readers import one_epoch
+from twotower.training.data.readers import one_epoch, too_few_documents
 from twotower.training.data.sources import Source
 
 
@@ -33,7 +33,7 @@ def held_out_batches(
     without text. `index` counts rows.
 
     Raises:
-        ArgumentError: there are no held-out documents.
+        ArgumentError: there are no held-out documents, or no usable ones at all.
     """
     check_sizes(batch_size, row_length, block_size, rank, world)
     unread = itertools.islice(_in_turn(sources, encoder), documents)
@@ -53,9 +53,12 @@ def held_out_batches(
         yield collate([packed[i] for i in own], [first + i for i in own], row_length, block_size, **ids)
         first += batch_size
     if not first:
+        if not any(source.has_good for source in sources):
+            raise too_few_documents(sources, 0, batch_size)
         raise ArgumentError(
             f"{', '.join(source.name for source in sources)}: no held-out documents; give validation data or "
             "a larger share (--held-out 0.1), or train without validation (--held-out 0)"
+            + "".join(source.first_bad() for source in sources)
         )
 
 

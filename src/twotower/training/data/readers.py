@@ -142,7 +142,7 @@ class _InOrder:
         if raw is None:
             length = self.at - self.pass_start
             if length < self.batch_size:
-                raise too_few_documents(self.source.name, length, self.batch_size)
+                raise too_few_documents([self.source], length, self.batch_size)
             self.passes, self.pass_start = self.passes + 1, self.at
             self._records = self.stream.read()
             return
@@ -161,12 +161,13 @@ class _InOrder:
             self._marks.popleft()
 
 
-def too_few_documents(name: str, documents: int, batch_size: int) -> ArgumentError:
+def too_few_documents(sources: Sequence[Source], documents: int, batch_size: int) -> ArgumentError:
+    name, bad = ", ".join(source.name for source in sources), "".join(source.first_bad() for source in sources)
     if documents == 0:
-        return ArgumentError(f"{name}: contains no usable document; give data that is not empty, bad or held out")
+        return ArgumentError(f"{name}: contains no usable document; give data that is not empty, bad or held out{bad}")
     return ArgumentError(
         f"{name}: {documents} document{'s' * (documents > 1)} for the {batch_size} rows of a batch "
-        "(at least one a rank); give more data or a smaller batch size"
+        f"(at least one a rank); give more data or a smaller batch size{bad}"
     )
 
 

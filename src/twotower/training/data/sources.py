@@ -115,6 +115,7 @@ class Source:
         self.text_field, self.prompt_field, self.messages_field = text_field, prompt_field, messages_field
         self.max_bad_records = max_bad_records
         self.bad: dict[str, str] = {}  # place → reason, in the order met
+        self.has_good = False  # whether a record of either part is usable
         fields = [text_field, messages_field or text_field, prompt_field or text_field, FINISH_FIELD]
         self.records: Records | Stream = open_records(
             spec.where if isinstance(data, str | Path) else data,
@@ -137,6 +138,7 @@ class Source:
         except BadRecord as bad:
             self.reject(raw.place, str(bad))
             return None
+        self.has_good |= record is not None
         return record if record is not None and self._wanted(record) else None
 
     def reject(self, place: str, reason: str) -> None:
@@ -149,6 +151,14 @@ class Source:
                 f"{self.name}: {len(self.bad)} bad records, {self.max_bad_records} are allowed; the last is {place}: "
                 f"{reason}; correct the data or raise max_bad_records"
             )
+
+    def first_bad(self) -> str:
+        """Words on bad records, with the first of them, for the end of an error; none without bad records."""
+        if not self.bad:
+            return ""
+        place, reason = next(iter(self.bad.items()))
+        count = f"{len(self.bad)} bad record" + "s" * (len(self.bad) > 1)
+        return f"; {count}, the first is {place}: {reason}"
 
     def _record(self, raw: RawRecord) -> Record | None:
         content = raw.content
