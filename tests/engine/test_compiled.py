@@ -180,16 +180,21 @@ def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, draft_ran
     assert rounds
 
 
+BLOCKS = {
+    "shift": DenoiserConfig(prediction_shift=1),
+    "prefix": DenoiserConfig(block_attention="prefix_causal"),
+    "shift-prefix": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
+    "first": DenoiserConfig(first_from_ar=True),
+    "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
+}
+
+
 @needs_kernels
-@pytest.mark.parametrize("choice", ["shift", "first", "everywhere"])
-def test_other_blocks_give_the_same_events(choice: str) -> None:
-    """The commits of shifted blocks are compiled calls; only a tower without shift also fills blocks in them."""
-    choices = {
-        "shift": DenoiserConfig(prediction_shift=1),
-        "first": DenoiserConfig(first_from_ar=True),
-        "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
-    }
-    own = two_tower("nemotron_h", torch.float32, denoiser=choices[choice])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("choice", BLOCKS)
+def test_other_blocks_give_the_same_events(choice: str, dtype: torch.dtype) -> None:
+    """Blocks of towers, and the commits of adapters that act everywhere, are compiled calls."""
+    own = two_tower("nemotron_h", dtype, denoiser=BLOCKS[choice])
     own.tokenizer = Words()
     requests = mixed(12, 3)
     with compiled(on=False):
@@ -199,7 +204,30 @@ def test_other_blocks_give_the_same_events(choice: str) -> None:
             found = run(LLM(own, rows=4, length=LENGTH), requests, seconds)
         assert by_row(found) == by_row(expected)
         assert calls["read"]
-        assert bool(calls["fill_blocks"]) == (choice == "first")
+        assert bool(calls["fill_blocks"]) == (choice != "everywhere")
+
+
+@needs_kernels
+@pytest.mark.parametrize("choice", ["shift", "prefix", "shift-prefix"])
+def test_blocks_and_prompts_of_every_size_give_the_same_events(choice: str) -> None:
+    own = two_tower("nemotron_h", torch.float32, denoiser=BLOCKS[choice])
+    rng, requests = random.Random(choice), []
+    for size in range(1, 33):
+        for mode in ("diffusion", "verified"):
+            options: dict[str, Any] = {"draft_steps": 2}
+            if mode == "diffusion":
+                options = {"steps_per_block": rng.choice((1, 3, 16)), "confidence_threshold": rng.choice((0.05, 0.6))}
+            new = rng.choice((1, size, size + 2))
+            params = GenerationParams.of(mode=mode, max_new_tokens=new, block_size=size, **options)
+            length = rng.choice((1, 2, max(size - 1, 1), size, size + 1))
+            requests.append(Request([rng.randrange(4, 60) for _ in range(length)], params))
+    with compiled(on=False):
+        expected = run(LLM(own, rows=1, length=LENGTH, block_size=32), requests, 0.0)
+    llm = LLM(own, rows=1, length=LENGTH, block_size=32)
+    with compiled() as calls:
+        found = run(llm, requests, 0.0)
+    assert by_row(found) == by_row(expected)
+    assert calls["fill_blocks"] == llm.denoiser_passes > 200
 
 
 @needs_kernels

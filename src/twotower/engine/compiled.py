@@ -152,10 +152,7 @@ class CompiledPasses:
     def fills(self, towers: Towers, sequences: Sequence[RunningSequence]) -> bool:
         """Whether `launch_blocks` supports these sequences; it may still return None."""
         model = self._model(towers, "denoise")
-        if model is None or model.denoiser is None:
-            return False
-        choices = model.config.denoiser
-        if choices.prediction_shift or choices.block_attention != "full":
+        if model is None or model.denoiser is None or model.config.denoiser.draft_head is not None:
             return False
         own_rule = POLICIES["threshold"].rule is threshold
         return own_rule and all(
@@ -171,7 +168,8 @@ class CompiledPasses:
         assert model is not None
         assert model.denoiser is not None
         known = self._modulations.setdefault(first.denoiser, Modulations())
-        modulations = known.of(model.time, {s.params.block_size for s in sequences}, blocks.dtype)
+        choices, sizes = model.config.denoiser, {s.params.block_size for s in sequences}
+        modulations = known.of(model.time, sizes, choices.prediction_shift, blocks.dtype)
         width = first.params.block_size if first.deterministic else blocks.size
         shape = PassShape(len(sequences), width, self.state.dtype, True, model.time is not None, False, False)
         lent = None if modulations is None else self._pass_of(model.denoiser, shape, sequences)
@@ -192,7 +190,8 @@ class CompiledPasses:
         started, steps = time.perf_counter(), [s.passes_launched for s in sequences]
         most = self._most_passes("block", sequences) if self._undisturbed(sequences) else 1
         pools = blocks.tokens, blocks.committed_at, blocks.step, blocks.steps, blocks.masked, blocks.confidence
-        done = lent.own.fill_blocks(Blocks(*(pool.data_ptr() for pool in pools), blocks.size), rows, most)
+        form = blocks.size, choices.prediction_shift, choices.block_attention == "prefix_causal"
+        done = lent.own.fill_blocks(Blocks(*(pool.data_ptr() for pool in pools), *form), rows, most)
         lent.runner.keep(lent.own)
         self._time("block", sequences, started, done)
         for s in opening:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from twotower.decoding.block_rule import noise_level
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.tower import steady_period
 
@@ -17,8 +18,13 @@ class Modulations:
         self._weights: list[tuple[int, int]] = []
         self._by_size: dict[int, Tensor] = {}
 
-    def of(self, conditioning: TimeConditioning | None, sizes: set[int], dtype: torch.dtype) -> dict[int, int] | None:
-        """Addresses (size, 3·layers, H) for blocks of these sizes; none without conditioning; None: not supported."""
+    def of(
+        self, conditioning: TimeConditioning | None, sizes: set[int], shift: int, dtype: torch.dtype
+    ) -> dict[int, int] | None:
+        """Addresses (size − shift, 3·layers, H) for blocks of these sizes; none without conditioning.
+
+        shift: of the denoiser's predictions. None: not supported.
+        """
         if conditioning is None:
             return {}
         period = steady_period()
@@ -30,7 +36,7 @@ class Modulations:
                 self._weights, self._by_size = weights, {}
             self._period = period
         for size in sizes - self._by_size.keys():
-            t = torch.arange(1, size + 1).to(dtype) / size
+            t = noise_level(torch.arange(1, size - shift + 1).to(dtype), torch.tensor(size), shift)
             parts = [part for modulation in conditioning(t) for part in modulation]
             self._by_size[size] = torch.cat(parts, 1).contiguous()
         return {size: self._by_size[size].data_ptr() for size in sizes}

@@ -50,12 +50,12 @@ class Decoder(ctypes.Structure):
 
 
 class Blocks(ctypes.Structure):
-    """`Blocks` in decode.h: addresses of the tensors of open blocks, and their number of positions."""
+    """`Blocks` in decode.h: addresses of the tensors of open blocks, and what is the same for all of them."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("tokens", "committed_at", "step", "steps")),
         *((name, ctypes.c_void_p) for name in ("masked", "confidence")),
-        ("size", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("size", "shift", "prefix_causal")),
     ]
 
 

@@ -27,12 +27,13 @@ struct Decoder {
 };
 
 // Open blocks of R slots with up to `size` positions, as `OpenBlocks` in engine/denoiser_step.py: (R, size); step, steps
-// (R,).
+// (R,). shift: an output predicts the token so many positions later. prefix_causal: the positions before the first mask
+// attend causally.
 struct Blocks {
     int64_t *tokens, *committed_at, *step, *steps;
     uint8_t* masked;
     float* confidence;
-    int64_t size;
+    int64_t size, shift, prefix_causal;
 };
 
 // A row of `fill_blocks`: its block size, its mask token, its most passes, the threshold of its commit policy, and its
@@ -70,8 +71,8 @@ void draw(const Decoder& d, T* logits, const int64_t* prefix, const int64_t* exc
 }
 
 // One pass over `tokens` (rows, L) → the most probable token after each (or instead of each) and its confidence; chosen
-// null: neither. excluded: as in `argmax`, one for `each` positions. prefix (rows,): tokens before the first mask, where
-// adapters begin to act; null: nowhere. The other arguments are those of `tower`.
+// null: neither. excluded: as in `argmax`, one for `each` positions. prefix (rows,): tokens before the first mask, which
+// attend causally; from there on adapters act. Null: neither. The other arguments are those of `tower`.
 template <class X, class T>
 void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, const int64_t* counts,
             const int64_t* prefix, const int64_t* excluded, long each, int causal, int64_t* chosen, float* confidence,
@@ -82,7 +83,8 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
     X* x = reinterpret_cast<X*>(scratch(16, count * H));
     T* hidden = reinterpret_cast<T*>(scratch(17, count * H));
     for (long t = 0; t < count; t++) {
-        const bool masked = prefix && t % s.L >= prefix[t / s.L] && tokens[t] == d.mask_token;
+        const bool masked =
+            prefix && d.mask_embedding && t % s.L >= prefix[t / s.L] && tokens[t] == d.mask_token;
         const T* row = masked ? of(d.mask_embedding) : of(d.embeddings) + tokens[t] * H;
         for (long h = 0; h < H; h += W)
             put(x + t * H + h, rounded<T>(load<vec>(row + h, H - h) * d.embedding_factor), H - h);
@@ -260,24 +262,25 @@ void one_pass_rounds(const Decoder& d, const RoundRow* rows, const int64_t* toke
     }
 }
 
-// Commits positions of one block of `size` after its pass number `step`, of at most `steps`: those above the threshold,
-// and in any case as many as are due (`commit` in decoding/unmasking.py). Returns whether masked positions are left.
-inline bool commit_block(const int64_t* candidate, const float* sure, float threshold, long size, int64_t step,
-                         int64_t steps, int64_t* tokens, uint8_t* masked, int64_t* committed_at, float* confidence) {
+// Commits positions of a row's block after its pass number `step`: those above the threshold, and in any case as many as
+// are due (`commit` in decoding/unmasking.py). candidate, sure: of each output, which predicts the token `shift` positions
+// later; with shift, the first position is never masked. Returns whether masked positions are left.
+inline bool commit_block(const int64_t* candidate, const float* sure, const BlockRow& row, long shift, int64_t step,
+                         int64_t* tokens, uint8_t* masked, int64_t* committed_at, float* confidence) {
     std::vector<long> places;
-    for (long i = 0; i < size; i++)
+    for (long i = shift; i < row.size; i++)
         if (masked[i]) places.push_back(i);
-    const long left = places.size(), over = steps - step;
-    const auto above = [&](long i) { return sure[i] > threshold; };
+    const long left = places.size(), over = row.steps - step;
+    const auto above = [&](long i) { return sure[i - shift] > row.threshold; };
     const long above_count = std::count_if(places.begin(), places.end(), above);
     const long count = std::min(left, std::max({above_count, (left + over - 1) / over, 1L}));
-    const auto rank = [&](long i) { return std::isnan(sure[i]) ? INFINITY : sure[i]; };  // as torch sorts
+    const auto rank = [&](long i) { return std::isnan(sure[i - shift]) ? INFINITY : sure[i - shift]; };  // as torch sorts
     std::stable_sort(places.begin(), places.end(), [&](long a, long b) {
         return above(a) != above(b) ? above(a) : rank(a) > rank(b);
     });
     for (long k = 0; k < count; k++) {
         const long i = places[k];
-        tokens[i] = candidate[i], masked[i] = 0, committed_at[i] = step, confidence[i] = sure[i];
+        tokens[i] = candidate[i - shift], masked[i] = 0, committed_at[i] = step, confidence[i] = sure[i - shift];
     }
     return count < left;
 }
@@ -300,7 +303,7 @@ void fill_blocks(const Decoder& d, const Blocks& blocks, const BlockRow* rows, l
     const PassOptions& s = *d.pass;
     const long count = s.rows * s.L, each = s.modulation_stride;
     std::vector<uint8_t> mask;
-    std::vector<int64_t> tokens(count), chosen(count), sizes(s.rows), excluded(s.rows);
+    std::vector<int64_t> tokens(count), chosen(count), sizes(s.rows), excluded(s.rows), prefix(s.rows);
     std::vector<float> sure(count);
     for (long b = 0; b < s.rows; b++) {
         sizes[b] = rows[b].size, excluded[b] = rows[b].mask_token;
@@ -313,16 +316,17 @@ void fill_blocks(const Decoder& d, const Blocks& blocks, const BlockRow* rows, l
             const long at = d.slot(b) * blocks.size;
             std::copy_n(blocks.tokens + at, s.L, tokens.data() + b * s.L);
             const long left = std::count(blocks.masked + at, blocks.masked + at + s.L, 1);
+            prefix[b] = std::find(blocks.masked + at, blocks.masked + at + s.L, 1) - (blocks.masked + at);
             if (rows[b].modulations && left)
                 std::copy_n(static_cast<const T*>(rows[b].modulations) + (left - 1) * each, each,
                             static_cast<T*>(modulation) + b * each);
         }
-        choose<X, T>(d, tokens.data(), token_mask, nullptr, nullptr, excluded.data(), s.L, 0, chosen.data(), sure.data(),
-                     threads);
+        choose<X, T>(d, tokens.data(), token_mask, nullptr, blocks.prefix_causal ? prefix.data() : nullptr,
+                     excluded.data(), s.L, 0, chosen.data(), sure.data(), threads);
         for (long b = 0; b < s.rows; b++) {
-            const long slot = d.slot(b), at = slot * blocks.size;
-            finished |= !commit_block(chosen.data() + b * s.L, sure.data() + b * s.L, rows[b].threshold, rows[b].size,
-                                      blocks.step[slot]++, rows[b].steps, blocks.tokens + at, blocks.masked + at,
+            const long slot = d.slot(b), at = slot * blocks.size, from = b * s.L;
+            finished |= !commit_block(chosen.data() + from, sure.data() + from, rows[b], blocks.shift,
+                                      blocks.step[slot]++, blocks.tokens + at, blocks.masked + at,
                                       blocks.committed_at + at, blocks.confidence + at);
         }
     }
