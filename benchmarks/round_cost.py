@@ -61,6 +61,7 @@ class Rounds:
         mode: dict[str, Any] = {"mode": "ar"}
         if self.width is not None:
             mode = {"mode": "diffusion", "block_size": self.width, "confidence_threshold": NEVER}
+            mode["deterministic"] = True  # else passes become narrow
         params = GenerationParams.of(max_new_tokens=tokens, eos_token_id=(), **mode)
         original, inside = decode_pass.call, [0.0]
 

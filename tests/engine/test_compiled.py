@@ -161,7 +161,9 @@ def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, draft_ran
     for seed, rows in enumerate((1, 3, 8)):
         same: dict[str, Any] = {"policy": "threshold", "policy_value": 0.05, "acceptance": 1.0}
         requests = mixed(12, seed, **same)
-        requests += mixed(3, seed, mode="verified", draft_steps=1, max_new_tokens=24, block_size=6, stop=None, **same)
+        long: dict[str, Any] = {"max_new_tokens": 24, "stop": None} | same
+        requests += mixed(3, seed, mode="verified", draft_steps=1, block_size=6, **long)
+        requests += mixed(3, seed, mode="diffusion", block_size=16, deterministic=not seed, **long)
         with compiled(on=False) as calls:
             expected = run(LLM(own, rows=rows, length=LENGTH), requests, 0.0)
         assert not any(calls.values())

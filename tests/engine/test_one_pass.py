@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_recovery import Fault
 from tiny_backbones import slow_but, two_tower
 
 from twotower import TwoTowerForCausalLM
 from twotower.decoding.output import Generation, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.sampling import AR_TOKEN, Sampling, sample
-from twotower.engine import one_pass
+from twotower.engine import context_step, one_pass
 from twotower.engine.generation import generate
 from twotower.engine.llm import LLM
 from twotower.engine.scheduled import ScheduledTokens
@@ -88,14 +89,23 @@ def test_diffusion_with_threshold_1_is_ar_and_a_lower_one_needs_fewer_passes(nam
 
 
 @torch.no_grad()
-def naive_diffusion(model: TwoTowerForCausalLM, prompt: list[int], width: int, threshold: float) -> list[int]:
-    """Diffusion without a kept state: every pass reads the text anew, all but what the last pass made final first."""
-    text, read = list(prompt), len(prompt) - 1
+def naive_diffusion(
+    model: TwoTowerForCausalLM, prompt: list[int], size: int, threshold: float, fixed: bool = False
+) -> list[int]:
+    """Diffusion without a kept state: every pass reads the text anew, all but what the last pass made final first.
+
+    fixed: every pass has `size` positions. Otherwise masks pay by the share of tokens that masks brought so far.
+    """
+    text, read, passes = list(prompt), len(prompt) - 1, 0
     while len(text) < len(prompt) + NEW and EOS not in text[len(prompt) :]:
-        block = text[read:]
-        prefix = len(block)
-        block += [MASK] * max(min(width - prefix, len(prompt) + NEW - len(text) - 1), 0)
-        state = model.new_state(1, len(text) + width)
+        block, new = text[read:], len(text) - len(prompt)
+        prefix, share, masks = len(block), (8 + new - passes) / (10 + new), 1
+        while masks < size and share ** (masks + 1) > 0.2:
+            masks += 1
+        masks = size - prefix if fixed else min(masks, size - prefix)
+        block += [MASK] * max(min(masks, NEW - new - 1), 0)
+        passes += 1
+        state = model.new_state(1, len(text) + size)
         if read:
             model.extend(torch.tensor([text[:read]]), state)
         logits = model.extend(torch.tensor([block]), state, prefix=torch.tensor([prefix]))
@@ -115,13 +125,47 @@ def naive_diffusion(model: TwoTowerForCausalLM, prompt: list[int], width: int, t
 
 
 @pytest.mark.parametrize("name", ["nemotron_h", "llama"])
-@pytest.mark.parametrize("width", [1, 2, 6, 30])
+@pytest.mark.parametrize("size", [1, 2, 6, 30])
 @pytest.mark.parametrize("draft_rank", [None, 5], ids=["plain", "draft head"])
-def test_diffusion_is_that_of_a_loop_without_a_state(name: str, width: int, draft_rank: int | None) -> None:
+def test_diffusion_is_that_of_a_loop_without_a_state(name: str, size: int, draft_rank: int | None) -> None:
     model = model_of(name, draft_rank=draft_rank)
-    found = run(model, mode="diffusion", confidence_threshold=0.1, block_size=width)
-    assert tokens(found) == [naive_diffusion(model, prompt, width, 0.1) for prompt in PROMPTS]
-    assert width == 1 or sum(row.context_passes for row in found) < sum(len(row.tokens) for row in found)
+    found = run(model, mode="diffusion", confidence_threshold=0.1, block_size=size)
+    assert tokens(found) == [naive_diffusion(model, prompt, size, 0.1) for prompt in PROMPTS]
+    assert size == 1 or sum(row.context_passes for row in found) < sum(len(row.tokens) for row in found)
+    alone = [run(model, [prompt], mode="diffusion", confidence_threshold=0.1, block_size=size)[0] for prompt in PROMPTS]
+    assert tokens(alone) == tokens(found)
+
+
+def test_a_deterministic_pass_of_diffusion_has_the_width_of_a_block() -> None:
+    model, options = model_of("llama"), {"mode": "diffusion", "confidence_threshold": 0.1, "block_size": 12}
+    found = run(model, deterministic=True, **options)
+    assert tokens(found) == [naive_diffusion(model, prompt, 12, 0.1, fixed=True) for prompt in PROMPTS]
+    assert tokens(found) != tokens(run(model, **options))
+
+
+def test_log_probabilities_do_not_change_a_text_of_diffusion() -> None:
+    """Except for the last token, which AR may choose in the place of a mask."""
+    model = model_of("llama")
+    params = GenerationParams.of(mode="diffusion", max_new_tokens=NEW, block_size=12, confidence_threshold=0.05)
+    plain, waiting = (
+        LLM(model, rows=2, length=64).generate([Request(prompt, params, logprobs=count) for prompt in PROMPTS])
+        for count in (None, 1)
+    )
+    assert [row.tokens[:-1] for row in waiting] == [row.tokens[:-1] for row in plain]
+    assert sum(row.context_passes for row in plain) < len(PROMPTS) * NEW
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_an_exception_does_not_change_the_text_of_diffusion(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("nemotron_h")
+    params = GenerationParams.of(mode="diffusion", max_new_tokens=NEW, block_size=12, confidence_threshold=0.05)
+    requests = [Request(prompt, params) for prompt in PROMPTS]
+    expected = LLM(model, rows=4, length=64).generate(requests)
+    failing = Fault(context_step.launch, at)
+    monkeypatch.setattr(context_step, "launch", failing)
+    found = LLM(model, rows=4, length=64).generate(requests)
+    assert failing.calls > at
+    assert tokens(found) == tokens(expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])

@@ -19,8 +19,8 @@ from twotower.tokenizer import Tokenizer
 class SequenceOutput:
     """Tokens and text of one sequence (`progress`), counts as in `Generation`, and times of `time.perf_counter`.
 
-    delivered: new tokens, and events with tokens, that the engine's caller has. shown: start and step of the last
-    `StepEvent`.
+    delivered: new tokens, and events with tokens, that the engine's caller has. last_tokens: of the last of these
+    events. shown: start and step of the last `StepEvent`.
     """
 
     row: int
@@ -46,6 +46,7 @@ class SequenceOutput:
     prefilled: float = 0.0
     ended: float = 0.0
     delivered: tuple[int, int] = (0, 0)
+    last_tokens: int = 0
     shown: tuple[int, int] = (-2, 0)
 
     @classmethod
@@ -123,7 +124,7 @@ class SequenceOutput:
         if isinstance(event, StepEvent):
             self.shown = event.start, event.step
         else:
-            self.delivered = event.start + len(event.tokens), event.block + 1
+            self.delivered, self.last_tokens = (event.start + len(event.tokens), event.block + 1), len(event.tokens)
 
     def rewind(self) -> list[int]:
         """Drops what no event has delivered → the new tokens that remain."""

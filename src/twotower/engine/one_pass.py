@@ -6,7 +6,8 @@ draft, of which the next pass checks a part. Otherwise they followed a wrong tok
 
 In verified decoding, a drafted token is kept if it is AR's. How many tokens a pass checks, and its width, are chosen
 for each sequence by expected tokens a second (`decoding/draft_planner.py`). In diffusion, drafted tokens above the
-threshold are final, and a pass has the width of a block.
+threshold are final, and the width of a pass depends on the share of tokens that masks brought so far
+(`decoding/pass_width.py`), except that deterministic requests have passes of the width of a block.
 
 A watched sequence gets a `StepEvent` after each pass that drafts: the next token, the draft, and candidates at the
 other masks. In verified decoding it follows the event of the tokens that the pass checked, in diffusion it precedes the
@@ -20,6 +21,7 @@ from itertools import takewhile
 
 from twotower.decoding.draft_planner import DEFAULT_SLOPE
 from twotower.decoding.output import BlockEvent, Event, StepEvent
+from twotower.decoding.pass_width import pass_width
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.runners.decode_pass import RoundRow
@@ -38,11 +40,22 @@ def begin(sequence: RunningSequence, room: int, draft_passes: int | None) -> Non
         most = room - len(sequence.block)
     if sequence.mode == "verified" and not sequence.width:  # no pass has planned the first one
         sequence.width = sequence.planner.plan([], room, slope(sequence))[1]
-    left = min((sequence.width or sequence.params.block_size) - len(sequence.block), most)
+    if sequence.mode == "diffusion":
+        sequence.width = _diffusion_width(sequence)
+    left = min(sequence.width - len(sequence.block), most)
     sequence.masks = max(left, 0) if sequence.drafting else 0
     sequence.committed_at = [0] * len(sequence.block)
     sequence.max_passes = int(len(sequence.block) > 1 or sequence.masks > 0)
     sequence.phase = Phase.CHECK if sequence.max_passes else Phase.STEP
+
+
+def _diffusion_width(sequence: RunningSequence) -> int:
+    """The positions of the next pass, after the tokens of the text and those drafted tokens that will be."""
+    if sequence.deterministic:
+        return sequence.params.block_size
+    known, output = len(sequence.block), sequence.output
+    waiting = 0 if sequence.final_drafts else known - 1
+    return pass_width(known, len(output.progress.tokens) + waiting, output.blocks, sequence.params.block_size)
 
 
 def slope(sequence: RunningSequence) -> float:
@@ -61,9 +74,11 @@ def round_row(sequence: RunningSequence) -> RoundRow:
     verified = sequence.mode == "verified"
     return RoundRow(
         size=sequence.params.block_size,
-        width=sequence.width or sequence.params.block_size,
+        width=sequence.width,
         room=sequence.room,
         final=sequence.final_drafts,
+        tokens=len(sequence.output.progress.tokens),
+        passes=-1 if sequence.deterministic else sequence.output.blocks,
         slope=slope(sequence),
         least=sequence.policy_value,
         planner=sequence.planner.state.buffer_info()[0] if verified else None,

@@ -60,7 +60,7 @@ class Rounds:
         """Begins the first round after the prompts → the last events of requests without new tokens."""
         for sequence in sequences:
             sequence.output.prefilled = sequence.output.prefilled or time.perf_counter()
-            sequence.pending = sequence.text[-1]
+            sequence.pending, *sequence.draft = sequence.text[sequence.prompt_end :] or sequence.text[-1:]
         self.begin(sequences)
         return [sequence.output.final_event() for sequence in sequences if not sequence.output.running]
 

@@ -104,13 +104,14 @@ class RunningSequence:
     block_rule: of the denoiser. denoiser: its name, if the model has several and the mode uses one. draft: with
     `one_pass`, the next draft, after the pending token. masks: mask tokens of the pass; drafting: whether a pass may
     have masks.
-    planner, width: in verified decoding, the rule that chooses the draft and the width of the next pass, and that width
-    (0: not planned yet).
+    width: with `one_pass`, of the next pass (0: not planned yet). planner: in verified decoding, the rule that chooses
+    the width and the draft.
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
     held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
     log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
     block. error: an exception of the matcher, or the one that ended the sequence. written: new tokens of an earlier
-    start; the context tower reads them after the prompt. strikes, trial_end: see `Recovery`: its exceptions so far, and
+    start; the context tower reads them after the prompt, except for the last `unread` and the one before, which the
+    first pass reads as its draft. strikes, trial_end: see `Recovery`: its exceptions so far, and
     the new tokens that end its trial.
     """
 
@@ -148,6 +149,7 @@ class RunningSequence:
     policy_memory: object = None
     error: Exception | None = None
     written: Sequence[int] = ()
+    unread: int = 0
     strikes: int = 0
     trial_end: int = 0
 
@@ -160,7 +162,7 @@ class RunningSequence:
         # Whether a block begins with the pending token. If not, the state holds the whole text when a block opens.
         self.begins_with_text = self.block_rule.begins_with_text(self.mode)
         pending = self.mode != "diffusion" or self.begins_with_text or not self.params.max_new_tokens
-        self.prompt_end = len(self.text) - pending  # tokens to read before the first round
+        self.prompt_end = len(self.text) - pending - self.unread  # tokens to read before the first round
         # In diffusion the context tower accepts every token of the denoiser.
         self.acceptance = 0.0 if self.mode == "diffusion" and self.begins_with_text else self.params.acceptance
         self.planner = DraftPlanner(self.params.block_size)
@@ -196,6 +198,7 @@ class RunningSequence:
             self.block_rule,
             self.denoiser,
             written=tuple(tokens),
+            unread=max(self.output.last_tokens - 1, 0) if self.final_drafts else 0,
             strikes=self.strikes,
             trial_end=self.trial_end,
         )

@@ -73,7 +73,7 @@ class RoundRow(ctypes.Structure):
     """`RoundRow` in decode.h: a row of `DecodePass.one_pass_rounds`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("size", "width", "room", "final")),
+        *((name, ctypes.c_int64) for name in ("size", "width", "room", "final", "tokens", "passes")),
         *((name, ctypes.c_double) for name in ("slope", "least")),
         ("planner", ctypes.c_void_p),
     ]

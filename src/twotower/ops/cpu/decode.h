@@ -170,10 +170,11 @@ void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts,
 }
 
 // A row of `one_pass_rounds`, as engine/one_pass.py has it: the most positions of a pass, those of the first pass, the new
-// tokens that may follow, and whether drafted tokens are final. They are drafted if their confidence is above `least`.
-// Others are drafted as `planner` says, the state of a `DraftPlanner`; slope: of the cost of a pass.
+// tokens that may follow, and whether drafted tokens are final. They are drafted if their confidence is above `least`, and
+// a pass is as wide as `pass_width` says after so many new tokens and passes (passes −1: size). Others are drafted as
+// `planner` says, the state of a `DraftPlanner`; slope: of the cost of a pass.
 struct RoundRow {
-    int64_t size, width, room, final;
+    int64_t size, width, room, final, tokens, passes;
     double slope, least;
     double* planner;
 };
@@ -194,30 +195,32 @@ struct Narrower {
 };
 
 // The next block of a row after a pass that read `first` tokens and masks up to `width`, and accepted `kept` of them after
-// the first. Updates the room, and writes the plan of the next pass. Returns whether the rounds end.
-inline bool next_block(const RoundRow& row, const int64_t* own, const float* sure, long kept, long first, long width,
-                       const int64_t* end, const int64_t* last_end, int64_t& room, std::vector<int64_t>& block,
-                       int64_t* plan) {
+// the first. Updates the row's room, tokens and passes, and writes the plan of the next pass. Returns whether the rounds
+// end.
+inline bool next_block(RoundRow& row, const int64_t* own, const float* sure, long kept, long first, long width,
+                       const int64_t* end, const int64_t* last_end, std::vector<int64_t>& block, int64_t* plan) {
     bool over = !std::all_of(sure, sure + kept + 1, [](float v) { return std::isfinite(v); });
     const long drafted = kept == first - 1 ? width - first : 0;
     long checked = 0;
     if (row.planner) {
         const DraftPlanner planner{row.planner, row.size - 1};
         planner.learn(first - 1, kept, sure + first, drafted);
-        const DraftPlanner::Plan next = planner.plan(sure + first, drafted, room - kept - 1, row.slope);
+        const DraftPlanner::Plan next = planner.plan(sure + first, drafted, row.room - kept - 1, row.slope);
         checked = plan[0] = next.checked, plan[1] = next.width;
     } else {
         while (checked < drafted && sure[first + checked] > row.least) checked++;
-        plan[0] = checked, plan[1] = row.size;
+        row.tokens += 1 + checked;
+        plan[0] = checked;
+        plan[1] = row.passes < 0 ? row.size : pass_width(1 + checked, row.tokens, ++row.passes, row.size);
     }
     block.assign(1, own[kept]);
     block.insert(block.end(), own + first, own + first + checked);
     const auto ended = [&](int64_t token) { return std::find(end, last_end, token) != last_end; };
     if (row.final) over |= std::any_of(block.begin(), block.end(), ended);
     else over |= std::any_of(own, own + kept + 1, ended);
-    room -= row.final ? long(block.size()) : kept + 1;
-    if (!row.final && long(block.size()) > room) block.resize(std::max(room, int64_t(1)));
-    return over || room < 1;
+    row.room -= row.final ? long(block.size()) : kept + 1;
+    if (!row.final && long(block.size()) > row.room) block.resize(std::max(row.room, int64_t(1)));
+    return over || row.room < 1;
 }
 
 // Up to `most` rounds of a model with adapters. block[b]: the pending token and the draft of row b. A round reads the
@@ -226,21 +229,22 @@ inline bool next_block(const RoundRow& row, const int64_t* own, const float* sur
 // (most, rows): of each round; plans (most, rows, 2): the drafted tokens that the next pass checks, and its width; done:
 // rounds made.
 template <class X, class T>
-void one_pass_rounds(const Decoder& d, const RoundRow* rows, const int64_t* tokens, const int64_t* counts, long most,
+void one_pass_rounds(const Decoder& d, const RoundRow* given, const int64_t* tokens, const int64_t* counts, long most,
                      const int64_t* ends, const int64_t* end_ids, int64_t* chosen, float* confidence, int64_t* accepted,
                      int64_t* plans, int64_t* done, int threads) {
     const long B = d.pass->rows, L = d.pass->L;
     std::vector<std::vector<int64_t>> block(B);
-    std::vector<int64_t> read(B * L), own(B * L), kept(B), widths(B), final(B), room(B), planned(B);
+    std::vector<int64_t> read(B * L), own(B * L), kept(B), widths(B), final(B), planned(B);
     std::vector<float> sure(B * L);
+    std::vector<RoundRow> rows(given, given + B);
     for (long b = 0; b < B; b++) {
         block[b].assign(tokens + b * L, tokens + b * L + counts[b]);
-        room[b] = rows[b].room, final[b] = rows[b].final, planned[b] = rows[b].width;
+        final[b] = rows[b].final, planned[b] = rows[b].width;
     }
     bool over = false;
     for (*done = 0; *done < most && !over; chosen += B * L, confidence += B * L, accepted += B, plans += 2 * B, ++*done) {
         for (long b = 0; b < B; b++) {
-            const long n = kept[b] = block[b].size(), left = final[b] ? room[b] - 1 : room[b] - n;
+            const long n = kept[b] = block[b].size(), left = final[b] ? rows[b].room - 1 : rows[b].room - n;
             widths[b] = n + std::max(std::min(planned[b] - n, left), 0L);
         }
         const long length = *std::max_element(widths.begin(), widths.end());
@@ -256,7 +260,7 @@ void one_pass_rounds(const Decoder& d, const RoundRow* rows, const int64_t* toke
             std::copy_n(own.data() + b * length, length, chosen + b * L);
             std::copy_n(sure.data() + b * length, length, confidence + b * L);
             over |= next_block(rows[b], chosen + b * L, confidence + b * L, accepted[b], kept[b], widths[b],
-                               end_ids + ends[b], end_ids + ends[b + 1], room[b], block[b], plans + 2 * b);
+                               end_ids + ends[b], end_ids + ends[b + 1], block[b], plans + 2 * b);
             planned[b] = plans[2 * b + 1];
         }
     }

@@ -1,5 +1,5 @@
-// How many drafted tokens a pass checks, and how many masks follow them: the rule of decoding/draft_planner.py, which says
-// what the numbers mean.
+// How many drafted tokens a pass checks, and how many masks follow them: the rules of decoding/draft_planner.py and, in
+// diffusion, decoding/pass_width.py, which say what the numbers mean.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -58,3 +58,12 @@ struct DraftPlanner {
         return chosen;
     }
 };
+
+inline int64_t pass_width(long known, long tokens, long passes, long size) {
+    const double rate = double(8 + tokens - passes) / double(10 + tokens);
+    const double price = 2.0 * (1.0 / 12), least = price / (1 - price);
+    double chance = rate;
+    long width = std::min(known + 1, size);
+    while (width < size && (chance *= rate) > least) width++;
+    return width;
+}
