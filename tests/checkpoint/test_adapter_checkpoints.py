@@ -175,7 +175,8 @@ def test_init_and_info_describe_adapters(made: tuple[Path, Path], cli: Callable[
     assert (adapters["rank"], adapters["parameters"]) == (4, sum(p.numel() for p in own))
     assert adapters["bytes"]["float32"] == sum(p.nbytes for p in own) == facts["memory"]["float32"]["denoiser"]
     assert facts["parameters"]["both_towers"] == facts["parameters"]["per_tower"] + adapters["parameters"]
-    active = facts["parameters"]["active"] if model.spec.tied_head else facts["parameters"]["active_without_embedding"]
+    active = facts["parameters"]["active_without_embedding"]
+    assert (active == facts["parameters"]["active"]) == model.spec.tied_head
     assert adapters["read_bytes"]["float32"] == 4 * active + adapters["bytes"]["float32"] - head
 
 

@@ -169,7 +169,7 @@ def _parameters(model: TwoTowerForCausalLM) -> ParameterCounts:
         "both_towers": count_of(model),
         "time_conditioning": sum(count_of(part) for part in model.modules() if isinstance(part, TimeConditioning)),
         "active": active,
-        "active_without_embedding": active - table + spec.hidden_size,
+        "active_without_embedding": active if spec.tied_head else active - table + spec.hidden_size,
         "moe_share": moe / total,
         "routed_expert_share": routed / total,
     }

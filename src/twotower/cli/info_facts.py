@@ -9,7 +9,8 @@ class ParameterCounts(TypedDict):
     """Counts of parameters of one tower, the router's correction bias included.
 
     active: parameters that the pass of one token uses, without the routed experts that are not selected. The embedding
-    table counts in full, as in the published figure; in active_without_embedding only the row that is read counts.
+    table counts in full, as in the published figure; in active_without_embedding only the row that is read counts, and
+    the whole table if it is the head too.
     """
 
     per_tower: int

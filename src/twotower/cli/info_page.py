@@ -138,7 +138,8 @@ def _parameters(
             f"of which adapters {format_count(adapters['parameters'])}"
         )
     yield f"{format_count(count['active'])} active per token (without routed experts that the token does not select)"
-    yield f"{format_count(count['active_without_embedding'])} of them read (only one row of the embedding)"
+    if count["active_without_embedding"] < count["active"]:
+        yield f"{format_count(count['active_without_embedding'])} of them read (only one row of the embedding)"
     if count["moe_share"]:
         yield (
             f"{count['moe_share']:.1%} of a tower in MoE layers, {count['routed_expert_share']:.1%} in routed experts"
