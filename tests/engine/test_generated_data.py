@@ -120,12 +120,12 @@ def test_lines_without_a_prompt_are_skipped_and_named(cli: Cli, tmp_path: Path) 
     command = ("generate-data", tiny_chat.backbone(), "--prompts", path, "-o", out, *OPTIONS)
     result = cli(*command)
     assert result.code == 0
-    assert "9 lines without a usable prompt; the first is line 2: not JSON" in result.err
+    assert "9 lines without a usable prompt; the first is line 1: not JSON" in result.err
     (record,) = records(out)
     assert (record["line"], record["id"], record["prompt"]) == (10, 3, "Ada")
     out.unlink()
     assert_one_line_error(
-        cli(*command, "--max-bad-records", "8"), "9 lines without a usable prompt", "line 2: not JSON"
+        cli(*command, "--max-bad-records", "8"), "9 lines without a usable prompt", "line 1: not JSON"
     )
     assert not out.exists()
 
