@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from twotower import GenericTwoTowerConfig, TwoTowerConfig, TwoTowerForCausalLM
-from twotower.denoiser_fields import DenoiserConfig
+from twotower.denoiser_fields import DenoiserConfig, DraftHeadConfig
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")
 # Byte-level: Ġ is a space, Ċ a newline. ü, 世 and 👍 are single bytes, so most of their sequences are invalid.
@@ -65,6 +65,12 @@ CHOICES = {
     "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
     "everywhere-shift": replace(DenoiserConfig.with_adapters(3, "everywhere"), prediction_shift=1),
 }
+HEADS = {  # with a draft head
+    f"head-{name}": replace(choices, draft_head=DraftHeadConfig(3))
+    for name, choices in {"released": DenoiserConfig(), **CHOICES}.items()
+    if name != "first-prefix"
+}
+CHOICES |= HEADS
 
 
 def _chosen(name: str, dtype: torch.dtype, choices: DenoiserConfig) -> TwoTowerForCausalLM:
@@ -72,10 +78,13 @@ def _chosen(name: str, dtype: torch.dtype, choices: DenoiserConfig) -> TwoTowerF
     model = decoding_model(name, dtype)
     backbone = {**model.config.to_dict(), "model_type": "nemotron_h"}
     other = TwoTowerForCausalLM(GenericTwoTowerConfig(backbone=backbone, mask_token_id=3, **choices.to_json()))
-    other.to(dtype).load_state_dict(model.state_dict(), strict=choices.adapters is None)
+    other.to(dtype).load_state_dict(model.state_dict(), strict=choices.adapters is None and choices.draft_head is None)
     with torch.no_grad():
         for key, tensor in other.state_dict().items():
-            if ".adapter." in key or key.endswith("mask_embedding.weight"):
+            if ".draft_head." in key:
+                drawn = 1.5 * numbers(f"{name}/{key}").standard_normal(tuple(tensor.shape))
+                tensor.copy_(torch.from_numpy(drawn.astype(np.float32)))
+            elif ".adapter." in key or key.endswith("mask_embedding.weight"):
                 scale = KINDS[name].apart if ".adapter." in key else 1.0
                 drawn = scale * numbers(f"{name}/{key}").standard_normal(tuple(tensor.shape)) * tensor.shape[-1] ** -0.5
                 tensor.copy_(torch.from_numpy(drawn.astype(np.float32)))

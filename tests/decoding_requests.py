@@ -21,7 +21,7 @@ POLICY_VALUES = {
 LENGTHS = (1, 2, 3, 9, 20, 37, 80, 150, 300, 530)
 
 
-def random_params(rng: random.Random, mode: str, rows: int) -> dict[str, Any]:
+def random_params(rng: random.Random, mode: str, rows: int, policies: Sequence[str]) -> dict[str, Any]:
     """Random parameters of a request with `rows` prompts; parameters with default values are left out."""
     asked: dict[str, Any] = {"mode": mode, "max_new_tokens": rng.choice([0, 1, 2, 7, 12, 17, 24, 24, 33, 40])}
     if rng.random() < 0.55:
@@ -36,7 +36,7 @@ def random_params(rng: random.Random, mode: str, rows: int) -> dict[str, Any]:
         asked["block_size"] = rng.choice([1, 2, 5, 8, 8, 16, 16, 24])
         if rng.random() < 0.15:
             asked["mask_token_id"] = 7
-        asked |= random_policies(rng, rows, mode)
+        asked |= random_policies(rng, rows, mode, policies)
     if mode == "diffusion":
         asked["steps_per_block"] = rng.choice([1, 2, 3, 6, 8, 16, 30])
     if mode == "verified":
@@ -48,22 +48,29 @@ def random_params(rng: random.Random, mode: str, rows: int) -> dict[str, Any]:
     return asked
 
 
-def random_policies(rng: random.Random, rows: int, mode: str) -> dict[str, Any]:
+def random_policies(
+    rng: random.Random, rows: int, mode: str, policies: Sequence[str] = sorted(POLICIES)
+) -> dict[str, Any]:
     """A policy for all rows or one for each row, with or without a policy value."""
     if rng.random() < 0.15:
         named = mode == "diffusion" and rng.random() < 0.8
         return {"confidence_threshold": rng.choice([0.05, 0.2, 0.5])} if named else {}
     if rows == 1 or rng.random() < 0.4:
-        name = rng.choice(sorted(POLICIES))
+        name = rng.choice(policies)
         return {"policy": name} | ({"policy_value": rng.choice(POLICY_VALUES[name])} if rng.random() < 0.8 else {})
-    names = [rng.choice(sorted(POLICIES)) for _ in range(rows)]
+    names = [rng.choice(policies) for _ in range(rows)]
     return {"policy": names} | (
         {"policy_value": [rng.choice(POLICY_VALUES[name]) for name in names]} if rng.random() < 0.8 else {}
     )
 
 
 def random_request(
-    rng: random.Random, mode: str, rows: int, longest: int = 530, names: Sequence[str] = NAMES
+    rng: random.Random,
+    mode: str,
+    rows: int,
+    longest: int = 530,
+    names: Sequence[str] = NAMES,
+    policies: Sequence[str] = sorted(POLICIES),
 ) -> Golden:
     """A random request, without its result, for one of the models `names`, with prompts of up to `longest` tokens.
 
@@ -74,7 +81,7 @@ def random_request(
     words = model.spec.vocab_size
     lengths = [min(longest, rng.choice(LENGTHS[: 7 if rng.random() < 0.85 else 10])) for _ in range(rows)]
     prompts = [[rng.randrange(4, words) for _ in range(length)] for length in lengths]
-    golden: Golden = {"model": name, "prompts": prompts, "params": random_params(rng, mode, rows)}
+    golden: Golden = {"model": name, "prompts": prompts, "params": random_params(rng, mode, rows, policies)}
     if golden["params"].get("mask_token_id") == 7:
         golden["prompts"] = [[token if token != 7 else 8 for token in ids] for ids in prompts]
     free = generate(model, golden["prompts"], params_of(golden))

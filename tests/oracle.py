@@ -127,7 +127,7 @@ def _mock_autoregressive(row: _Row) -> None:
     """The denoiser reads the last token after the context of all tokens before it, without time conditioning."""
     logits, _ = read(denoiser_of(row.model), row.text[-1:], _denoisers_past(row.model, row.text[:-1]))
     row.out.denoiser_passes += 1
-    own = row.changed(logits[-1], [])
+    own = row.changed(logits[-1], []) + term(row.model, row.text[-1])
     token = row.sample(own, len(row.text), AR_TOKEN)
     row.take([token], [0], [probability(own, token)])
     row.out.context_passes += not row.out.finish_reason  # after the last token there is no context pass
@@ -217,7 +217,10 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
     denoiser, shift = denoiser_of(model), model.config.denoiser.prediction_shift
     assert isinstance(params.policy, str)
     assert not isinstance(params.policy_value, tuple)
-    usual = params.confidence_threshold if params.policy == "threshold" else NAIVE[params.policy].default
+    policy, head = params.policy, denoiser.draft_head
+    usual = params.confidence_threshold if policy == "threshold" else NAIVE[policy].default
+    if head is not None:  # the tokens of a pass follow each other, with AR's noise
+        policy, purpose = "span" if policy == "threshold" else policy, AR_TOKEN
     policy_value = usual if params.policy_value is None else params.policy_value
     block, masked = list(begun), list(masked)
     committed_at, confidence, seen, passes = [0] * size, [0.0] * size, None, 0
@@ -234,10 +237,14 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
         offset = len(before) - len(row.prompt)
         logits = torch.stack([row.changed(logits[i], known, offset + i) for i in range(size)])
         noise_step = step if purpose == DIFFUSION_CANDIDATE else 0
-        candidate = [row.sample(logits[i], len(before) + i, purpose, noise_step) for i in range(size)]
+        candidate = list(block)
+        for i in masked if head is not None else range(size):
+            if head is not None:
+                logits[i] += term(model, candidate[i - 1] if i else before[-1])
+            candidate[i] = row.sample(logits[i], len(before) + i, purpose, noise_step)
         chances = logits.softmax(-1).tolist()
         sure = [chances[i][candidate[i]] for i in range(size)]
-        for i in naive_commit(params.policy, NaiveRow(chances, sure, masked, seen, step, steps), policy_value):
+        for i in naive_commit(policy, NaiveRow(chances, sure, masked, seen, step, steps), policy_value):
             block[i], committed_at[i], confidence[i] = candidate[i], step, sure[i]
             masked.remove(i)
         seen = chances
@@ -247,6 +254,14 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
 def _prefix(model: TwoTowerForCausalLM, block: list[int], masked: list[int]) -> int:
     """How many positions of a block attend causally: with prefix-causal attention, those before its first mask."""
     return min(masked) if model.config.denoiser.block_attention == "prefix_causal" else 0
+
+
+def term(model: TwoTowerForCausalLM, token: int) -> Tensor:
+    """What the draft head adds to the logits (V,) after a token; 0 without one."""
+    head = denoiser_of(model).draft_head
+    if head is None:
+        return torch.zeros((), dtype=torch.float64)
+    return head.following @ head.previous[token]
 
 
 def denoiser_of(model: TwoTowerForCausalLM) -> Tower:

@@ -21,6 +21,7 @@ CHOICES: dict[str, DenoiserConfig] = {
     "masks": MASKS,
     "masks5": DenoiserConfig.with_adapters(5),
     "head": replace(MASKS, draft_head=DraftHeadConfig(4)),
+    "tower-head": DenoiserConfig(prediction_shift=1, draft_head=DraftHeadConfig(4)),
     "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
 }
 FOR_MODE = ("diffusion", "verified", "mock_ar")

@@ -114,11 +114,17 @@ def diffusion(passes: Passes, prompt: list[int], new: int, threshold: float = 0.
             if known.all():
                 break
             logits = passes.denoise(block.tolist(), known, float((~known).sum()) / (size - shift), state)
-            tokens, sure = best(logits[: size - shift], mask)
-            tokens, sure = (np.pad(part, (shift, 0)) for part in (tokens, sure))
-            sure[known] = -1
-            least = math.ceil((~known).sum() / (size - step))
-            order = np.argsort(-sure, kind="stable")[: max(least, int((sure > threshold).sum()))]
+            logits = np.concatenate([logits[:shift], logits[: size - shift]])  # at each input, those that predict it
+            if info["draft_head"]:
+                tokens, sure = drawn(passes, logits, block, known, (prompt + text)[-1])
+                order = (~known).nonzero()[0]  # commits are from the left
+                above = np.cumprod(sure[order] > threshold).sum()
+            else:
+                tokens, sure = best(logits, mask)
+                sure[known] = -1
+                order = np.argsort(-sure, kind="stable")
+                above = (sure > threshold).sum()
+            order = order[: max(math.ceil((~known).sum() / (size - step)), int(above))]
             block[order], known[order] = tokens[order], True
         text += block[len(pending) :].tolist()
         logits, state = passes.read(block.tolist(), state)
@@ -126,6 +132,15 @@ def diffusion(passes: Passes, prompt: list[int], new: int, threshold: float = 0.
             pending = [int(logits[-1].argmax())]
             text += pending
     return ended(text[:new], info["eos_token_ids"])
+
+
+def drawn(passes: Passes, logits: Array, block: Array, known: Array, last: int) -> tuple[Array, Array]:
+    """The tokens of a block and their probabilities, drawn from the left with the draft head. last: of the text."""
+    tokens, sure = block.copy(), np.zeros(len(block), np.float32)
+    for place in (~known).nonzero()[0]:
+        row = logits[place] + passes.term(int(tokens[place - 1]) if place else last)
+        tokens[place], sure[place] = best(row, passes.info["mask_token_id"])
+    return tokens, sure
 
 
 def one_pass(passes: Passes, prompt: list[int], new: int, threshold: float) -> list[int]:

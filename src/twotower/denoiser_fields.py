@@ -74,10 +74,10 @@ class DenoiserConfig:
     prediction_shift: the output at an input predicts the token so many positions later (`decoding.block_rule`).
     block_attention: full: every position of a block attends to the whole block. prefix_causal: positions before the
     first mask attend only to earlier ones and themselves. first_from_ar: in diffusion the AR model chooses the
-    first token of each block. adapters: the denoiser is the context tower with adapters. draft_head: these, gated
-    to masks, have a draft head. denoiser_layers: the numbers of the autoregressive model's layers that a denoiser
-    tower has a counterpart for; None: all. denoiser_feed_forward: what stands in the place of its MoE layers; None:
-    the same.
+    first token of each block. adapters: the denoiser is the context tower with adapters. draft_head: the tokens of
+    a pass are drawn with a draft head. denoiser_layers: the numbers of the autoregressive model's layers that a
+    denoiser tower has a counterpart for; None: all. denoiser_feed_forward: what stands in the place of its MoE
+    layers; None: the same.
     """
 
     prediction_shift: int = 0
@@ -103,11 +103,6 @@ class DenoiserConfig:
             )
         if self.adapters is not None:
             self._check_gate(self.adapters.gate)
-        if self.draft_head is not None and not self.acts_at_masks:
-            raise ConfigError(
-                'config: draft_head needs adapters with gate "masks"; remove draft_head, or make a checkpoint with '
-                "twotower init --denoiser-lora R --draft-head R"
-            )
 
     @property
     def acts_at_masks(self) -> bool:

@@ -16,7 +16,7 @@ from tiny_backbones import save, save_tokenizer
 from twotower import GenericTwoTowerConfig, TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.denoiser_choices import DenoiserChoices
-from twotower.denoiser_fields import AdapterConfig, DenoiserConfig
+from twotower.denoiser_fields import AdapterConfig, DenoiserConfig, DraftHeadConfig
 from twotower.errors import ArgumentError, ConfigError
 
 MASKS = {"prediction_shift": 1, "block_attention": "prefix_causal"}
@@ -81,11 +81,6 @@ def test_saved_and_loaded_again_and_exported(made: tuple[Path, Path], cli: Calla
             "draft_head.rank is -1; it must be a positive integer",
         ),
         ({**MASKS, "adapters": {"rank": 4}, "draft_head": 8}, "draft_head is 8; it must be an object such as"),
-        ({"draft_head": {"rank": 8}}, 'draft_head needs adapters with gate "masks"'),
-        (
-            {"adapters": {"rank": 4, "gate": "everywhere"}, "draft_head": {"rank": 8}},
-            "draft_head needs adapters with gate",
-        ),
         ({"adapters": {"rank": 4}, "format": 3}, "format is 3; this version reads up to 2, so update twotower"),
         ({"adapters": {"rank": 4}, "format": 2}, "format 2 needs denoisers, which are missing; remove format"),
         ({"adapters": {"rank": 4, "gate": "left"}}, "adapters.gate is 'left'; it must be one of masks, everywhere"),
@@ -146,9 +141,6 @@ def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
 
 def test_init_and_info_describe_adapters(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
     source, two = made
-    refused = cli("init", "--from", source, "-o", two.parent / "other", "--denoiser", "tower", "--draft-head", "4")
-    assert refused.code == 2
-    assert "draft_head is 4, and the denoiser is a second tower" in refused.err
     for options, rank in ((("--denoiser-lora", "4"), 4), ((), 16), (("--denoiser", "adapters"), 16)):
         where = ("-o", two.parent / f"rank-{rank}", "--overwrite")
         done = cli("init", "--from", source, *where, "--mask-token", "3", *options)
@@ -170,9 +162,9 @@ def test_init_and_info_describe_adapters(made: tuple[Path, Path], cli: Callable[
     own = [p for name, p in model.named_parameters() if any(part in name for part in parts)]
     assert model.draft_head is not None
     head = sum(p.nbytes for p in model.draft_head.parameters())
-    assert (adapters := facts["adapters"])["draft_head_rank"] == 5
-    assert "and a draft head of rank 5" in page.out
-    assert (adapters["rank"], adapters["parameters"]) == (4, sum(p.numel() for p in own))
+    assert facts["blocks"]["draft_head_rank"] == 5
+    assert "a draft head of rank 5" in page.out
+    assert ((adapters := facts["adapters"])["rank"], adapters["parameters"]) == (4, sum(p.numel() for p in own))
     assert adapters["bytes"]["float32"] == sum(p.nbytes for p in own) == facts["memory"]["float32"]["denoiser"]
     assert facts["parameters"]["both_towers"] == facts["parameters"]["per_tower"] + adapters["parameters"]
     active = facts["parameters"]["active_without_embedding"]
@@ -231,7 +223,8 @@ def test_a_plan_of_adapters(made: tuple[Path, Path], cli: Callable[..., Result])
     done = cli("train", made[1], "--plan", "--gpus", "1")
     assert done.code == 0, done.err
     assert "fits" in done.out
-    assert "adapters of rank 4, context tower frozen; targets of" in done.out
+    words = "adapters of rank 4, draft head of rank 5, context tower frozen; targets of"
+    assert words in " ".join(done.out.split())
     assert_one_line_error(cli("train", made[1], "--plan", "--tie"), "adapters", "frozen context tower")
 
 
@@ -251,6 +244,21 @@ CHOICES = {
         ("--denoiser-lora", "4", "--adapter-gate", "everywhere", "--prediction-shift", "1"),
         DenoiserConfig(prediction_shift=1, adapters=AdapterConfig(4, "everywhere")),
         ("prediction shift 1: each output", "they act at every position of a block"),
+    ),
+    "head": (
+        (*TOWER, "--prediction-shift", "1", "--draft-head", "5"),
+        DenoiserConfig(prediction_shift=1, draft_head=DraftHeadConfig(5)),
+        ("prediction shift 1: each output", "a draft head of rank 5"),
+    ),
+    "head, fewer layers": (
+        ("--denoiser-layers", "first:2", "--draft-head", "5", "--first-from-ar"),
+        DenoiserConfig(first_from_ar=True, denoiser_layers=(0, 1), draft_head=DraftHeadConfig(5)),
+        ("chooses the first token of each block", "a draft head of rank 5"),
+    ),
+    "head, everywhere": (
+        ("--denoiser-lora", "4", "--adapter-gate", "everywhere", "--draft-head", "5"),
+        DenoiserConfig(adapters=AdapterConfig(4, "everywhere"), draft_head=DraftHeadConfig(5)),
+        ("they act at every position of a block", "a draft head of rank 5"),
     ),
 }
 
@@ -276,6 +284,11 @@ def test_init_writes_choices_and_info_shows_them(
     assert all(each in page.out for each in words), page.out
     facts = json.loads(cli("info", where, "--json").out)
     assert facts["blocks"]["prediction_shift"] == expected.prediction_shift
+    if expected.draft_head is not None:
+        assert model.draft_head is not None
+        assert f"draft head of rank {expected.draft_head.rank}" in done.out
+        assert facts["blocks"]["draft_head_rank"] == model.draft_head.previous.shape[1] == expected.draft_head.rank
+        assert not model.draft_head.following.any()  # no effect before training
     ar = model.generate_ar(PROMPT, max_new_tokens=9)
     assert torch.equal(model.generate_verified(PROMPT, max_new_tokens=9, draft_steps=1), ar)
     model.save_pretrained(where.parent / f"{choice}-again")
@@ -289,7 +302,6 @@ def test_init_writes_choices_and_info_shows_them(
         (("--prediction-shift", "0"), "--prediction-shift 0 does not go with adapters at masks"),
         (("--first-from-ar",), "--first-from-ar does not go with adapters at masks"),
         (("--block-attention", "full"), "leave it out, or give --adapter-gate everywhere or --denoiser tower"),
-        (("--draft-head", "4", "--adapter-gate", "everywhere"), "leave out --adapter-gate everywhere or --draft-head"),
         ((*TOWER, "--first-from-ar", "--prediction-shift", "1"), "first_from_ar needs prediction_shift 0"),
         ((*TOWER, "--denoiser-lora", "4"), "--denoiser is tower, and --denoiser-lora makes adapters"),
         ((*TOWER, "--adapters", "x"), "--denoiser is tower, and --adapters makes adapters"),

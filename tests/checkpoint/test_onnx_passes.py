@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from twotower.assets import bundled_names
 from twotower.checkpoint.onnx_export import limits
 from twotower.checkpoint.onnx_export.export import export_onnx
 from twotower.checkpoint.quantized_copy import quantize_checkpoint
-from twotower.denoiser_fields import DenoiserConfig
+from twotower.denoiser_fields import DenoiserConfig, DraftHeadConfig
 from twotower.errors import ArgumentError, TwoTowerError
 
-MASKS = DenoiserConfig.with_adapters(3)
+MASKS, HEAD = DenoiserConfig.with_adapters(3), DraftHeadConfig(5)
 CASES: dict[str, Any] = {
     # kinds of layers
     "llama": ("llama", DenoiserConfig()),
@@ -40,6 +41,11 @@ CASES: dict[str, Any] = {
     "adapters": ("nemotron_h", MASKS),
     "adapters, windows": ("gemma3_text", MASKS),
     "adapters everywhere": ("nemotron_h", DenoiserConfig.with_adapters(3, "everywhere")),
+    # with a draft head
+    "released, head": ("llama", DenoiserConfig(draft_head=HEAD)),
+    "shift, head": ("nemotron_h", DenoiserConfig(prediction_shift=1, draft_head=HEAD)),
+    "first token from AR, head": ("llama", DenoiserConfig(first_from_ar=True, draft_head=HEAD)),
+    "adapters everywhere, head": ("llama", replace(DenoiserConfig.with_adapters(3, "everywhere"), draft_head=HEAD)),
 }
 PROMPT = torch.randint(4, 150, (1, 37), generator=torch.Generator().manual_seed(0))
 

@@ -22,7 +22,7 @@ from twotower import LLM, AsyncLLM, Request, TwoTowerForCausalLM
 from twotower.checkpoint.quantize import quantize_
 from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.params import GenerationParams
-from twotower.denoiser_fields import DenoiserConfig
+from twotower.denoiser_fields import DenoiserConfig, DraftHeadConfig
 from twotower.engine.compiled import MOST_STEPS_BEFORE_STOP
 from twotower.engine.generation import generate
 from twotower.ops.registry import select
@@ -189,6 +189,10 @@ BLOCKS = {
     "first": DenoiserConfig(first_from_ar=True),
     "everywhere": DenoiserConfig.with_adapters(3, "everywhere"),
 }
+HEADS = {
+    f"{name}-head": replace(BLOCKS[name], draft_head=DraftHeadConfig(5)) for name in ("shift-prefix", "everywhere")
+}
+BLOCKS |= HEADS
 
 
 @needs_kernels
@@ -198,7 +202,7 @@ def test_other_blocks_give_the_same_events(choice: str, dtype: torch.dtype) -> N
     """Blocks of towers, and the commits of adapters that act everywhere, are compiled calls."""
     own = two_tower("nemotron_h", dtype, denoiser=BLOCKS[choice])
     own.tokenizer = Words()
-    requests = mixed(12, 3)
+    requests = mixed(12, 3, **({"policy": "threshold", "policy_value": 0.1} if "head" in choice else {}))
     with compiled(on=False):
         expected = run(LLM(own, rows=4, length=LENGTH), requests, 0.0)
     for seconds in (0.0, BURST):
@@ -206,7 +210,7 @@ def test_other_blocks_give_the_same_events(choice: str, dtype: torch.dtype) -> N
             found = run(LLM(own, rows=4, length=LENGTH), requests, seconds)
         assert by_row(found) == by_row(expected)
         assert calls["read"]
-        assert bool(calls["fill_blocks"]) == (choice != "everywhere")
+        assert bool(calls["fill_blocks"]) == (choice not in ("everywhere", *HEADS))
 
 
 @needs_kernels

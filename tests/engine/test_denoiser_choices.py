@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from decoding_goldens import Golden, Row, depends_on_timing, params_of, row_matches, row_of, run_method
-from decoding_models import CHOICES, KINDS, decoding_model
+from decoding_models import CHOICES, HEADS, KINDS, decoding_model
 from decoding_requests import random_request
 from test_oracle import MODES, expected
 from torch import Tensor
@@ -20,8 +20,8 @@ from twotower.decoding.output import BlockEvent, StepEvent
 from twotower.decoding.unmasking import POLICIES
 
 LONGEST, MOST_NEW = 37, 24
-SHIFTED = ["shift", "shift-prefix", "everywhere-shift"]
-AFTER_TEXT = [*SHIFTED, "first"]  # diffusion begins a block with the last token of the text
+SHIFTED = ["shift", "shift-prefix", "everywhere-shift", "head-shift"]
+AFTER_TEXT = [*SHIFTED, "first", "head-first"]  # diffusion begins a block with the last token of the text
 FORMS = [
     pytest.param(6, id="short"),
     pytest.param(90, id="full", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
@@ -30,6 +30,11 @@ FORMS = [
 
 def names(choice: str) -> list[str]:
     return [f"{kind}+{choice}" for kind in KINDS]
+
+
+def policies(choice: str, mode: str) -> list[str]:
+    """The policies that a denoiser supports: with a draft head, diffusion commits from the left."""
+    return ["span", "threshold"] if choice in HEADS and mode == "diffusion" else sorted(POLICIES)
 
 
 def model_of(choice: str, kind: str = "biased") -> TwoTowerForCausalLM:
@@ -48,7 +53,8 @@ def test_random_requests_equal_the_oracle(choice: str, count: int) -> None:
     rng = random.Random(f"{choice}{count}")
     goldens: list[Golden] = []
     for number in range(count):
-        golden = random_request(rng, MODES[number % len(MODES)], 1, LONGEST, names(choice))
+        mode = MODES[number % len(MODES)]
+        golden = random_request(rng, mode, 1, LONGEST, names(choice), policies(choice, mode))
         if golden["model"] in KINDS:  # verified requests prefer a model whose drafts are accepted
             golden["model"] = f"biased+{choice}"
         golden["params"]["max_new_tokens"] = min(golden["params"]["max_new_tokens"], MOST_NEW)
@@ -91,7 +97,8 @@ def test_prompts_and_blocks_of_every_size_equal_the_oracle(choice: str, matrix: 
         for mode in ("diffusion", "verified"):
             options: dict[str, Any] = {"steps_per_block": 3} if mode == "diffusion" else {"draft_steps": 2}
             sampling = {"temperature": 0.8, "seed": number} if number % 2 else {}
-            policy = {"policy": sorted(POLICIES)[number % len(POLICIES)]}
+            allowed = policies(choice, mode)
+            policy = {"policy": allowed[number % len(allowed)]}
             new = {"max_new_tokens": min(size + 2, 12), "eos_token_id": 2}
             params = GenerationParams.of(mode=mode, block_size=size, **new, **options, **policy, **sampling)
             requests.append(Request(text(length, number), params))

@@ -27,7 +27,7 @@ from twotower.runners.packed_weights import packable_weights
 PROMPTS = [[5], [6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21] * 9]
 SETS = [
     ("nemotron_h", {"a": "masks", "b": "full"}),
-    ("nemotron_h", {"a": "masks5", "b": "head"}),
+    ("nemotron_h", {"a": "masks5", "b": "head", "c": "tower-head"}),
     ("llama", {"a": "shift", "b": "short", "c": "everywhere"}),
 ]
 SETTINGS: list[dict[str, Any]] = [

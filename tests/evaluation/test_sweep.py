@@ -16,6 +16,7 @@ import pytest
 from command import Result, assert_one_line_error
 
 from twotower import TwoTowerForCausalLM
+from twotower.decoding.block_rule import BlockRule
 from twotower.decoding.presets import parse_setting
 from twotower.errors import ArgumentError
 from twotower.evaluation import sweep as module
@@ -86,10 +87,11 @@ def test_an_earlier_report_is_drawn_beside_a_new_one(tmp_path: Path) -> None:
         read_points(tmp_path / "other.json")
 
 
-def test_settings_of_a_model_with_adapters_have_its_policy() -> None:
-    params = [setting.params() for setting in grid(one_pass=True)]
-    assert {one.policy for one in params if one.mode == "diffusion"} == {"threshold"}
-    assert {one.mode for one in params} == {"diffusion", "verified"}
+def test_settings_of_a_model_that_commits_from_the_left_have_its_policy() -> None:
+    for rule in (BlockRule(shift=1, one_pass=True), BlockRule(draft_head=True)):
+        params = [setting.params() for setting in grid(rule)]
+        assert {one.policy for one in params if one.mode == "diffusion"} == {"threshold"}
+        assert {one.mode for one in params} == {"diffusion", "verified"}
 
 
 def test_a_sweep_continues_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

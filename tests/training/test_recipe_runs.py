@@ -13,7 +13,7 @@ import torch
 from tiny_backbones import two_tower
 from tiny_run import checkpoints, column, launch, log, log_text, model_bytes, run_cli, two_towers, weights
 
-from twotower.denoiser_fields import DenoiserConfig
+from twotower.denoiser_fields import DenoiserConfig, DraftHeadConfig
 
 SLOW = pytest.mark.slow
 EVERYTHING = (
@@ -29,7 +29,7 @@ SHORT = (
 DENOISERS = {
     "adapters": DenoiserConfig.with_adapters(3),
     "everywhere": replace(DenoiserConfig.with_adapters(3, "everywhere"), prediction_shift=1),
-    "shifted": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
+    "shifted": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal", draft_head=DraftHeadConfig(4)),
 }
 
 
@@ -120,4 +120,14 @@ def test_a_choice_without_meaning_is_one_line(name: str, tmp_path: Path, capfd: 
     assert run_cli(tiny_run.given().train(tmp_path / "run", *options)) == 2
     said = capfd.readouterr().err
     assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--elbo", "--tie"])
+def test_what_a_draft_head_excludes_is_one_line(option: str, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    given = tiny_run.given().train(tmp_path / "run", *SHORT, option, model=source("shifted"))
+    assert run_cli(given) == 2
+    said = capfd.readouterr().err
+    assert "its denoiser has a draft head" in said
+    assert f"leave out {option}" in said
     assert said.count("\n") == 1

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from packed import MASK, blocks_of, deviation, packed
+from packed import MASK, Block, blocks_of, deviation, packed
 from tiny_backbones import slow_but, two_tower
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.denoiser_fields import DenoiserConfig
+from twotower.denoiser_fields import DenoiserConfig, DraftHeadConfig
 from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import continuation_bound
 from twotower.training.data import Batch
@@ -33,6 +33,12 @@ CHOICES = {
     "shift-prefix": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal"),
     "everywhere": EVERYWHERE,
     "everywhere-shift": replace(EVERYWHERE, prediction_shift=1),
+}
+HEAD = DraftHeadConfig(5)
+CHOICES |= {
+    "head": DenoiserConfig(draft_head=HEAD),
+    "head-shift": DenoiserConfig(prediction_shift=1, block_attention="prefix_causal", draft_head=HEAD),
+    "head-everywhere": replace(EVERYWHERE, draft_head=HEAD),
 }
 MIXED = Recipe(patterns=Patterns.parse("levels+prefix+draft"))
 
@@ -66,6 +72,7 @@ def naive(model: TwoTowerForCausalLM, batch: Batch, noise: Corruption, size: int
         level = noise.t[block.row, block.lo // size][None]
         given = row[block.lo : block.hi].masked_fill(masked, MASK)
         logits = model.denoise(given[None], level if model.time is not None else None, model.reader(state).view())[0]
+        logits = logits + terms(model, row, block, shift)
         share = level[0] if elbo else 1.0
         for place in masked.nonzero()[:, 0].tolist():
             found.append(F.cross_entropy(logits[place - shift], row[block.lo + place]) / share)
@@ -75,6 +82,19 @@ def naive(model: TwoTowerForCausalLM, batch: Batch, noise: Corruption, size: int
                 found.append(F.cross_entropy(logits[-1], row[block.hi]))
             elif not batch.text[block.row, block.hi - 1]:
                 found.append(F.cross_entropy(logits[-1], row[block.hi - 1]))  # EOS after EOS
+    return torch.stack(found)
+
+
+def terms(model: TwoTowerForCausalLM, row: Tensor, block: Block, shift: int) -> Tensor:
+    """What the draft head adds to the logits (L, V) of a block: each gets the true token before its target."""
+    head = model.draft_head
+    if head is None:
+        return torch.zeros((), dtype=torch.float64)
+    found = []
+    for place in range(block.lo, block.hi):
+        before = place - 1 + shift
+        there = before >= block.first  # a document's first token follows no token
+        found.append(head.following @ head.previous[row[before]] if there else head.following.sum(1) * 0)
     return torch.stack(found)
 
 
@@ -103,7 +123,8 @@ def test_all_blocks_at_once_equal_generation_block_by_block(name: str, choice: s
         fast, slow = gradients(loss, model), gradients(expected.sum(), model)
         assert fast.keys() == slow.keys()
         assert all(deviation(fast[key], slow[key]) < 1e-7 for key in slow)
-        own = (".adapter.", "mask_embedding.") if model.has_adapters else ("denoiser.", "time.")
+        own = (".adapter.", "mask_embedding.", "draft_head.") if model.has_adapters else ("denoiser.", "time.")
+        assert (model.draft_head is None) == (not any("draft_head" in key for key in fast))
         assert all(any(part in key for part in own) for key in fast)
 
 

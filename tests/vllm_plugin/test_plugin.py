@@ -27,7 +27,7 @@ from twotower_vllm.vllm_states import DraftRow, context_view, mamba_state
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.checkpoint.names import DiskLayout, one_tower_entries, tensor_entries
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
-from twotower.denoiser_fields import AdapterConfig, DenoiserConfig
+from twotower.denoiser_fields import AdapterConfig, DenoiserConfig, DraftHeadConfig
 from twotower.errors import ArgumentError, ConfigError
 from twotower.families import BY_MODEL_TYPE, family_of
 from twotower.model.towers import TwoTowerModel
@@ -363,6 +363,30 @@ def test_a_draft_of_one_pass(shift: int) -> None:
     assert several.shape == (2, 5)
     assert not (several == 3).any()
     assert not torch.equal(several, expected)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_draft_head_draws_a_draft_from_the_left(shift: int) -> None:
+    """Each token follows the one before, the first one the pending token."""
+    model = denoiser_model(DenoiserConfig(prediction_shift=shift, draft_head=DraftHeadConfig(8)))
+    head = model.draft_head
+    assert head is not None
+    prompts = torch.randint(4, 140, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        state = model.new_state(2, 64)
+        model.prefill(prompts[:, :-1], torch.tensor([19, 19]), state)
+        block = torch.full((2, 6), 3)
+        block[:, 0] = prompts[:, -1]
+        logits = model.denoise(block, torch.full((2,), 5 / (6 - shift)), state.view())[:, 1 - shift : 6 - shift]
+        for row in range(2):
+            for place in range(5):
+                scores = logits[row, place] + head.following @ head.previous[block[row, place]]
+                scores[3] = -torch.inf
+                block[row, place + 1] = scores.argmax()
+    assert torch.equal(draft(model, prompts, 5), block[:, 1:])
+    several = draft(model, prompts, 5, passes=3)
+    assert torch.equal(several[:, 0], block[:, 1])  # the first pass keeps a token from the left
+    assert not (several == 3).any()
 
 
 def test_the_first_token_of_adapters_is_that_of_ar() -> None:

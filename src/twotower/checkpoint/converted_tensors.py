@@ -83,7 +83,8 @@ def _mean_row(embeddings: Tensor, known_rows: int) -> Tensor:
 
 
 def fresh_tensors(tower: OneTowerCheckpoint, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that the source lacks, by name: identity time conditioning, or adapters that add nothing.
+    """The tensors that the source lacks, by name: identity time conditioning, or adapters that add nothing; and a
+    draft head that adds nothing.
 
     The mask embedding of adapters is the mean of all rows. Random weights are drawn in fp32, so that a seed gives the
     same in every dtype.
@@ -91,15 +92,16 @@ def fresh_tensors(tower: OneTowerCheckpoint, seed: int, dtype: torch.dtype) -> d
     out: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not tower.model.has_adapters:
-            assert tower.model.denoiser is not None
+        if tower.model.denoiser is not None:
             time = TimeConditioning(tower.model.config.hidden_size, tower.model.denoiser.spec.num_layers)
-            return {f"time.{name}": tensor.to(dtype) for name, tensor in time.state_dict().items()}
+            out |= {f"time.{name}": tensor.to(dtype) for name, tensor in time.state_dict().items()}
         for path, module in tower.model.named_modules():
             if isinstance(module, LowRank | DraftHead):
                 own = module.to_empty(device="cpu")
                 own.reset_parameters()
                 out |= {f"{path}.{name}": tensor.to(dtype) for name, tensor in own.state_dict().items()}
+    if not tower.model.has_adapters:
+        return out
     embeddings = tower.weights.read(tower.places["embeddings.weight", None])
     out["context.mask_embedding.weight"] = _mean_row(embeddings, len(embeddings)).to(dtype)
     return out

@@ -17,7 +17,7 @@ class DenoiserChoices:
     """Fields of `DenoiserConfig` that a new denoiser gets. None: what suits the other choices.
 
     Without adapters these are the released ones. Adapters act at masks, with shift 1 and prefix-causal attention.
-    draft_head: the rank of a draft head of these adapters.
+    draft_head: the rank of a draft head.
     """
 
     prediction_shift: int | None = None
@@ -48,19 +48,13 @@ class DenoiserChoices:
         """The denoiser with new adapters of a rank, or a second tower.
 
         Raises:
-            ArgumentError: a gate or a draft head without adapters, or choices that do not go with the gate.
+            ArgumentError: a gate without adapters, or choices that do not go with the gate.
             ConfigError: the choices exclude each other.
         """
         if rank is None:
             self._check_tower()
         elif self.adapter_gate != "everywhere":
             self._check_masks()
-        elif self.draft_head is not None:
-            raise ArgumentError(
-                f"draft_head is {self.draft_head}, and needs adapters that act at masks; leave out --adapter-gate "
-                "everywhere or --draft-head",
-                param="draft_head",
-            )
         usual = DenoiserConfig() if rank is None else DenoiserConfig.with_adapters(rank, self.adapter_gate or "masks")
         return replace(
             usual,
@@ -71,13 +65,12 @@ class DenoiserChoices:
         )
 
     def _check_tower(self) -> None:
-        for name, value in (("adapter_gate", self.adapter_gate), ("draft_head", self.draft_head)):
-            if value is not None:
-                raise ArgumentError(
-                    f"{name} is {value!r}, and the denoiser is a second tower; leave out --{name.replace('_', '-')}, "
-                    "or the options of a second tower (--denoiser tower, --denoiser-layers, --denoiser-feed-forward)",
-                    param=name,
-                )
+        if self.adapter_gate is not None:
+            raise ArgumentError(
+                f"adapter_gate is {self.adapter_gate!r}, and the denoiser is a second tower; leave out --adapter-gate, "
+                "or the options of a second tower (--denoiser tower, --denoiser-layers, --denoiser-feed-forward)",
+                param="adapter_gate",
+            )
 
     def _check_masks(self) -> None:
         refused = {

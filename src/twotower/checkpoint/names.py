@@ -81,7 +81,7 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
         first, part = memory.split(".", 1)
         if first == "denoisers":
             continue
-        if first == "time":
+        if first == "time" or (first == "denoiser" and part.startswith("draft_head.")):
             out.append(TensorEntry(part, memory, None, shape, shape))
         elif of_adapters(memory):
             own = part.removeprefix("layers.").replace(".adapter", "")

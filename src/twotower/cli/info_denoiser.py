@@ -34,6 +34,7 @@ def denoiser_facts(model: TwoTowerForCausalLM, by_dtype: ModelsByDtype) -> AllDe
             "prediction_shift": own.prediction_shift,
             "block_attention": own.block_attention,
             "first_from_ar": own.first_from_ar,
+            "draft_head_rank": None if own.draft_head is None else own.draft_head.rank,
         }
         adapters, tower = _adapters(model, by_dtype), _tower_facts(model)
         return {"adapters": adapters, "denoiser": tower, "blocks": blocks, "denoisers": None}
@@ -119,7 +120,6 @@ def _adapters(model: TwoTowerForCausalLM, models_by_dtype: ModelsByDtype) -> Ada
     return {
         "rank": adapters.rank,
         "gate": adapters.gate,
-        "draft_head_rank": None if (head := model.config.denoiser.draft_head) is None else head.rank,
         "parameters": sum(tensor.numel() for name, tensor in model.named_parameters() if _of_adapters(name)),
         "bytes": {name: memory_of(*each)["denoiser"] for name, each in models_by_dtype.items()},
         "read_bytes": {name: read_bytes_of(*each) for name, each in models_by_dtype.items()},

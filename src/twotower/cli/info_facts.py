@@ -84,12 +84,11 @@ class AdapterFacts(TypedDict):
     """Adapters on the context tower, which are the denoiser; bytes by dtype. gate: where they act.
 
     read_bytes: of the weights of the network and its adapters that a pass over one token reads. A pass over more tokens
-    can read more experts, and each drafted token reads the draft head. draft_head_rank: None without a draft head.
+    can read more experts, and each drafted token reads the draft head.
     """
 
     rank: int
     gate: str
-    draft_head_rank: int | None
     parameters: int
     bytes: dict[str, int]
     read_bytes: dict[str, int]
@@ -105,11 +104,12 @@ class DenoiserFacts(TypedDict):
 
 
 class BlockFacts(TypedDict):
-    """What the denoiser's blocks are: fields of `DenoiserConfig`."""
+    """What the denoiser's blocks are: fields of `DenoiserConfig`. draft_head_rank: None without a draft head."""
 
     prediction_shift: int
     block_attention: str
     first_from_ar: bool
+    draft_head_rank: int | None
 
 
 class NamedDenoiserFacts(TypedDict):

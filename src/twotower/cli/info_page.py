@@ -169,9 +169,8 @@ def _named_denoiser(facts: NamedDenoiserFacts) -> Iterator[str]:
 
 
 def _adapters(adapters: AdapterFacts) -> Iterator[str]:
-    head = "" if (rank := adapters["draft_head_rank"]) is None else f" and a draft head of rank {rank}"
     yield (
-        f"adapters of rank {adapters['rank']} on the context tower{head}: {format_count(adapters['parameters'])} "
+        f"adapters of rank {adapters['rank']} on the context tower: {format_count(adapters['parameters'])} "
         "parameters; one network in memory"
     )
     if adapters["gate"] == "masks":
@@ -188,6 +187,8 @@ def _blocks(blocks: BlockFacts) -> Iterator[str]:
         yield "prefix-causal attention: the tokens before the first mask attend only to earlier ones"
     if blocks["first_from_ar"]:
         yield "in diffusion the context tower chooses the first token of each block"
+    if (rank := blocks["draft_head_rank"]) is not None:
+        yield f"a draft head of rank {rank}: each token that a pass chooses depends on the token before it"
 
 
 def _memory(

@@ -54,7 +54,7 @@ BLOCK_ATTENTIONS = ("full", "prefix_causal")
     "--draft-head",
     metavar="R",
     type=click.IntRange(1),
-    help="Rank of a draft head of the adapters: a drafted token then depends on the one before. [default: none]",
+    help="Rank of a draft head: each token that a pass chooses then depends on the token before it. [default: none]",
 )
 @click.option(
     "--denoiser-layers",
@@ -215,16 +215,16 @@ def summary(made: ConversionResult) -> Iterator[str]:
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)
     layers = f"({len(made.pattern)} layers: {info_page.format_pattern(made.pattern)})"
+    head = "" if made.draft_head_rank is None else f" and a draft head of rank {made.draft_head_rank}"
     if made.adapter_rank is None:
         own = made.denoiser_layers is not None or made.denoiser_feed_forward is not None
         towers = "a context tower" if own else "two towers"
         towers = f"{towers} of {count(made.parameters_per_tower)} parameters {layers}"
-        yield f"{towers}, time conditioning {count(made.time_parameters)}"
+        yield f"{towers}, time conditioning {count(made.time_parameters)}{head}"
         if own:
             yield from _own_denoiser(made)
     else:
         tower = f"one tower of {count(made.parameters_per_tower)} parameters {layers}"
-        head = "" if made.draft_head_rank is None else f" and a draft head of rank {made.draft_head_rank}"
         yield f"{tower}, adapters of rank {made.adapter_rank}{head} with {count(made.adapter_parameters)}"
     yield f"{size(made.bytes)} in {files}, {made.dtype}"
     text = "" if made.mask_token is None else f" {made.mask_token!r}"

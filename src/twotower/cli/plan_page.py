@@ -73,6 +73,7 @@ def _run(setup: Setup) -> Iterator[str]:
     )
     towers = {"frozen": "context tower frozen", "trained": "context tower trained too", "tied": "one tied network"}
     what = f"adapters of rank {setup.adapters}, " if setup.adapters is not None else ""
+    what += f"draft head of rank {setup.draft_head}, " if setup.draft_head is not None else ""
     target = "; targets of the AR model" if setup.teacher else ""
     how = "with" if setup.activation_checkpointing else "without"
     yield f"{setup.dtype}; {how} recomputation; {what}{towers[setup.context]}{target}"

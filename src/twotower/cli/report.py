@@ -118,7 +118,7 @@ def report(
         with status_line() as update:
             points = sweep.sweep_settings(
                 loaded,
-                chosen or sweep.grid(block_rule(model_of_mode(loaded, "diffusion")).one_pass),
+                chosen or sweep.grid(block_rule(model_of_mode(loaded, "diffusion"))),
                 per_family=problems,
                 timed=timed,
                 families=families,

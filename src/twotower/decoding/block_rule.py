@@ -29,16 +29,24 @@ class BlockRule:
 
     shift: the output at an input predicts the token so many positions later. first_from_ar: in diffusion the AR model
     chooses the first token of each block. one_pass: one pass checks a draft and makes the next (`engine.one_pass`).
+    draft_head: the tokens of a pass are drawn from left to right (`model.draft_head`).
     """
 
     shift: int = 0
     first_from_ar: bool = False
     one_pass: bool = False
+    draft_head: bool = False
 
     @classmethod
     def of(cls, denoiser: DenoiserConfig) -> BlockRule:
         """The rule that a checkpoint chooses."""
-        return cls(denoiser.prediction_shift, denoiser.first_from_ar, denoiser.acts_at_masks)
+        head = denoiser.draft_head is not None
+        return cls(denoiser.prediction_shift, denoiser.first_from_ar, denoiser.acts_at_masks, head)
+
+    @property
+    def commits_from_left(self) -> bool:
+        """Whether diffusion has the commit policy `span` alone, which `threshold` then stands for too."""
+        return self.one_pass or self.draft_head
 
     def begins_with_text(self, mode: str) -> bool:
         """Whether the first input of a block is the pending token: the last of the text, not yet in the state."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from twotower.config import MASK_TOKEN_ID
+from twotower.decoding.block_rule import BlockRule
 from twotower.decoding.logit_rules import bad_word_tokens
 from twotower.decoding.modes import AUTO, BLOCK_MODES
 from twotower.decoding.params import GenerationParams
@@ -37,21 +38,22 @@ def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequenc
     bad_word_tokens(params.bad_words, model.tokenizer)  # raises an error
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
-    if block_rule(model_for(model, params)).one_pass:
-        _check_adapters(params)
+    _check_policy(params, block_rule(model_for(model, params)))
     if params.mode not in ("ar", AUTO) and not model.has_denoiser:
         raise ArgumentError(
             f'mode is {params.mode!r} but only the context tower is loaded; load with towers="both"', param="mode"
         )
 
 
-def _check_adapters(params: GenerationParams) -> None:
-    """Raises ArgumentError if a model with adapters does not support the parameters."""
+def _check_policy(params: GenerationParams, rule: BlockRule) -> None:
+    """Raises ArgumentError if a model that commits from the left does not support the policy."""
     names = {params.policy} if isinstance(params.policy, str) else set(params.policy)
     other = sorted(names - {"threshold", "span"})
-    if params.mode == "diffusion" and other:
+    modes = ("diffusion",) if rule.one_pass else ("diffusion", AUTO)  # with adapters at masks, auto means verified
+    if rule.commits_from_left and params.mode in modes and other:
+        denoiser = "is adapters, which commit" if rule.one_pass else "has a draft head, which draws"
         raise ArgumentError(
-            f"policy is {other[0]!r}, and this model's denoiser is adapters, which commit from the left; use threshold",
+            f"policy is {other[0]!r}, and this model's denoiser {denoiser} from the left; use span or threshold",
             param="policy",
         )
 

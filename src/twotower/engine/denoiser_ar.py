@@ -24,7 +24,9 @@ def launch(
     device = view.lengths.device
     pending = to_device_async([[sequence.pending] for sequence in sequences], device)
     logits = model.denoise(pending, None, view, causal=True, upcast_logits=False)
-    logits = changed_logits.for_pending(sequences, logits)
+    logits, head = changed_logits.for_pending(sequences, logits), model.draft_head
+    if head is not None and not model.config.denoiser.acts_at_masks:  # a pending token has no masks after it
+        logits = logits + head(pending).to(logits.dtype)
 
     def keys() -> NoiseKeys:
         seeds = at(constants.seeds, slots_of(sequences, constants.rows, device))

@@ -26,7 +26,9 @@ from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of, stored
 from twotower.engine.towers import Towers
+from twotower.model.draft_head import draw
 from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
+from twotower.ops.precision import accumulation_dtype
 
 # Called as callback(step, steps, block, t=, logits=, block_idx=): see `TwoTowerForCausalLM.generate_mask_diffusion`.
 StepCallback = Callable[..., None]
@@ -35,8 +37,9 @@ StepCallback = Callable[..., None]
 class OpenBlocks:
     """Open blocks of R slots with up to S positions, on the denoiser's device.
 
-    tokens, masked, committed_at, confidence (R, S); step, steps (R, 1): passes done and allowed. callback: called for
-    every block and every pass; the blocks must then run in lockstep. passes: denoiser passes so far.
+    tokens, masked, committed_at, confidence (R, S); step, steps (R, 1): passes done and allowed; before (R, 1): the
+    text's last token when the block opened. callback: called for every block and every pass; the blocks must then run
+    in lockstep. passes: denoiser passes so far.
     """
 
     def __init__(self, constants: RowConstants, size: int, callback: StepCallback | None, dtype: torch.dtype) -> None:
@@ -53,6 +56,7 @@ class OpenBlocks:
         self.confidence = torch.zeros(rows, size, dtype=dtype, device=device)
         self.step = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.steps = torch.zeros_like(self.step)
+        self.before = torch.zeros_like(self.step)
 
     def open(self, sequences: Sequence[RunningSequence]) -> None:
         """Opens a block for each sequence. The pending token, if a block begins with it, is not masked."""
@@ -62,9 +66,9 @@ class OpenBlocks:
         mask, sizes = at(self.constants.mask_token, slots), at(self.constants.block_size, slots)
         tokens = mask.repeat(1, self.size)
         masked = torch.arange(self.size, device=self.device) < sizes
-        facts = [(s.max_passes, s.begins_with_text, s.pending) for s in sequences]
-        allowed, known, pending = to_device_async(facts, self.device).unbind(1)
-        if any(text for _, text, _ in facts):
+        facts = [(s.max_passes, s.begins_with_text, s.pending, s.last_token) for s in sequences]
+        allowed, known, pending, last = to_device_async(facts, self.device).unbind(1)
+        if any(text for _, text, *_ in facts):
             decided = known.bool()
             tokens[:, 0] = torch.where(decided, pending, tokens[:, 0])
             masked[:, 0] &= ~decided
@@ -75,6 +79,7 @@ class OpenBlocks:
         )
         self.step = stored(self.step, slots, torch.zeros_like(mask))
         self.steps = stored(self.steps, slots, allowed[:, None].clone())
+        self.before = stored(self.before, slots, last[:, None].clone())
         for sequence in sequences:
             sequence.policy_memory = None
             sequence.has_masks = sequence.open_predictions > 0
@@ -119,7 +124,7 @@ class OpenBlocks:
             noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
             return NoiseKeys(at(constants.seeds, slots), positions, purpose, noise_step)
 
-        candidate, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
+        candidate, sure = _chosen(model, sequences, logits, (tokens, masked, at(self.before, slots)), keys)
         values = at(constants.policy_value, slots)
         seen = Pass(logits, candidate, sure, masked[:, shift:], step, steps)
         chosen, memories, errors = commit_rows(sequences, seen, values, catch)
@@ -221,6 +226,32 @@ class PendingDenoise(NamedTuple):
         finite = math.isfinite(sum(event.confidence))
         if finite and (event.start, event.step) > sequence.output.shown:  # after a recovery, passes are repeated
             sequence.step_events.append(event)
+
+
+def _chosen(
+    model: Towers,
+    sequences: Sequence[RunningSequence],
+    logits: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    keys: Callable[[], NoiseKeys],
+) -> tuple[Tensor, Tensor]:
+    """The candidates of a pass and their confidences (n, L): of each output alone, or drawn by a draft head.
+
+    logits (n, L, V): of the last L inputs; a draft head adds its terms to them. inputs: the tokens of the blocks and
+    which of them are masked (n, S), and the token before each block (n, 1).
+    """
+    rules = [sequence.rule for sequence in sequences]
+    if model.draft_head is None:
+        return sample_rows(logits, rules, keys)
+
+    def choose(logits: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        return sample_rows(logits, rules, lambda: keys().at(place))
+
+    (tokens, masked, last), (_, count, _) = inputs, logits.shape
+    before = torch.cat([last, tokens], 1)[:, -count - 1]
+    tokens, masked = tokens[:, -count:], masked[:, -count:]
+    known = tokens, torch.zeros(tokens.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
+    return draw(model.draft_head, logits, known, masked, before, choose)
 
 
 def _without_mask_token(

@@ -31,7 +31,8 @@ class RowConstants:
         integers, floats = [], []
         for sequence in sequences:
             params = sequence.params
-            purpose = AR_TOKEN if sequence.mode == "verified" else DIFFUSION_CANDIDATE
+            as_ar = sequence.mode == "verified" or sequence.block_rule.draft_head
+            purpose = AR_TOKEN if as_ar else DIFFUSION_CANDIDATE
             integers.append((sequence.seed, params.block_size, params.mask_token_id, purpose))
             floats.append((sequence.policy_value, sequence.acceptance))
         slots = to_device_async([sequence.slot for sequence in sequences], self.device)

@@ -179,6 +179,8 @@ class RunningSequence:
     ) -> RunningSequence:
         """The sequence of a request. block_rule, denoiser: see the class."""
         (policy,), (policy_value,) = request.params.row_policies(1)
+        if block_rule.draft_head and policy == "threshold":
+            policy = "span"
         (seed,) = request.params.row_seeds(1)
         return cls(
             request, output, slot, seed, policy, policy_value, controller, _matcher(request), block_rule, denoiser
@@ -202,6 +204,12 @@ class RunningSequence:
             strikes=self.strikes,
             trial_end=self.trial_end,
         )
+
+    @property
+    def last_token(self) -> int:
+        """The last token of the text so far."""
+        written = self.output.progress.tokens
+        return written[-1] if written else self.request.prompt[-1]
 
     @property
     def one_pass(self) -> bool:

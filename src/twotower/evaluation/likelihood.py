@@ -115,6 +115,10 @@ def continuation_bound(
             'likelihood "bound" needs a denoiser that predicts every token of a block, and here the context tower '
             'chooses one of them; use "ar"'
         )
+    if choices.draft_head is not None:
+        raise ArgumentError(
+            'likelihood "bound" needs a denoiser without a draft head, which reads tokens under masks; use "ar"'
+        )
     if model.denoiser is None or model.time is None:
         raise ArgumentError('likelihood "bound" needs the denoiser; load the model with towers="both"')
     if model.denoiser.device != model.device:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from twotower.decoding.block_rule import RELEASED, BlockRule
 from twotower.decoding.output import Generation
 from twotower.decoding.presets import AR, Setting, parse_setting, with_ar
 from twotower.errors import ArgumentError
@@ -75,16 +76,17 @@ class Point:
         return rest.split("=")[0] if "=" in rest else "threshold"
 
 
-def grid(one_pass: bool = False) -> list[Setting]:
-    """All settings of a full report. one_pass: of a model with adapters, which has one policy, and one pass a round."""
-    if one_pass:
+def grid(rule: BlockRule = RELEASED) -> list[Setting]:
+    """All settings of a full report that a model with this rule supports."""
+    if rule.one_pass:
         texts = [f"diffusion:{value:g}" for value in ADAPTER_THRESHOLDS]
         texts += [f"diffusion:{value:g},block_size={size}" for size in ADAPTER_BLOCK_SIZES for value in (0.9, 0.98)]
         texts += ["verified:draft_steps=1", "verified"]
         texts += [f"verified:draft_steps=1,block_size={size}" for size in ADAPTER_BLOCK_SIZES]
         texts += [f"verified:draft_steps=1,acceptance={acceptance:g}" for acceptance in ACCEPTANCES]
         return [parse_setting(text) for text in texts]
-    texts = [f"diffusion:{policy}={value:g}" for policy, values in POLICY_VALUES.items() for value in values]
+    policies = ("threshold",) if rule.commits_from_left else POLICY_VALUES
+    texts = [f"diffusion:{policy}={value:g}" for policy in policies for value in POLICY_VALUES[policy]]
     texts += [f"diffusion:0.8,block_size={size},steps_per_block={size}" for size in BLOCK_SIZES]
     texts += [f"verified:draft_steps={steps}" for steps in DRAFT_STEPS] + ["verified"]
     texts += [f"verified:draft_steps=1,acceptance={acceptance:g}" for acceptance in ACCEPTANCES]

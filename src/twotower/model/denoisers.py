@@ -23,6 +23,7 @@ from twotower.model.adapters import LowRank, MaskEmbedding
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.draft_head import DraftHead
 from twotower.model.tower import Tower
+from twotower.specs import TowerSpec
 
 Part = TypeVar("Part", bound=nn.Module)
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,6 +40,13 @@ def check_one_device(context: str | torch.device, denoiser: str | torch.device) 
         )
 
 
+def tower_of(config: TwoTowerConfig, context: TowerSpec) -> Tower:
+    """The denoiser tower of a configuration, with random weights, and its draft head if it has one."""
+    tower = Tower(denoiser_of(config, context))
+    _add_draft_head(tower, config)
+    return tower
+
+
 def add_adapters(tower: Tower, config: TwoTowerConfig) -> None:
     """Adds the adapters of a configuration to a tower, and its draft head if it has one.
 
@@ -52,7 +60,13 @@ def add_adapters(tower: Tower, config: TwoTowerConfig) -> None:
             "config: adapters are not supported with LongRoPE, whose rotary embedding depends on the length of "
             "the text; make a denoiser tower: twotower init without --denoiser-lora"
         )
-    tower.add_adapters(own.adapters.rank, config.mask_token, None if own.draft_head is None else own.draft_head.rank)
+    tower.add_adapters(own.adapters.rank, config.mask_token)
+    _add_draft_head(tower, config)
+
+
+def _add_draft_head(tower: Tower, config: TwoTowerConfig) -> None:
+    if config.denoiser.draft_head is not None:
+        tower.add_draft_head(config.denoiser.draft_head.rank)
 
 
 class DenoiserParts(nn.Module):
@@ -69,8 +83,9 @@ class DenoiserParts(nn.Module):
         self.time: TimeConditioning | None = None
         self.context: nn.Module | None = None
         if config.denoiser.adapters is None:
-            spec = denoiser_of(config, context.spec)
-            self.denoiser, self.time = Tower(spec), TimeConditioning(spec.hidden_size, spec.num_layers)
+            self.denoiser = tower_of(config, context.spec)
+            spec = self.denoiser.spec
+            self.time = TimeConditioning(spec.hidden_size, spec.num_layers)
         else:
             tower = shared(context)
             add_adapters(tower, config)

@@ -1,12 +1,13 @@
-"""The draft head: drafted tokens depend on the token drafted just before.
+"""The draft head: the tokens of a pass depend on the token just before each.
 
 A pass predicts all its masks at once, each without the tokens at the others. The draft head adds to the logits of a
-mask a term of rank r of the token before it, so that a draft is drawn from left to right without another pass:
+mask a term of rank r of the token before it, so that the tokens are drawn from left to right without another pass:
 
     logits_i += W₂ · W₁[token_{i−1}],    W₁, W₂ (V, r)
 
-(a first-order Markov head, as in DSpark). The token before the first mask is the AR model's own next token. The
-confidence of a drafted token is its probability with this term.
+(a first-order Markov head, as in DSpark). The confidence of a token is its probability with this term. The token before
+the first mask is known: with adapters at masks the AR model's own next token, else the text's last token, or one that
+an earlier pass has committed.
 """
 
 from __future__ import annotations
@@ -44,22 +45,24 @@ class DraftHead(nn.Module):
 def draw(
     head: DraftHead,
     logits: Tensor,
-    drawn: tuple[Tensor, Tensor],
-    prefix: Tensor,
-    first: int,
+    known: tuple[Tensor, Tensor],
+    masked: Tensor,
+    before: Tensor,
     choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Draws the tokens at masks again, from left to right, with the draft head → tokens and confidences (B, L).
+    """Draws the tokens at masks from left to right with the draft head → tokens and confidences (B, L).
 
-    logits (B, L, V), to which the terms are added; drawn: tokens and confidences (B, L) without the head; prefix (B,):
-    the first mask of each row, none before `first`. choose(logits (B, 1, V), i): the tokens and confidences (B, 1) of
-    position i.
+    logits (B, L, V), to which the terms are added; known: tokens and confidences (B, L), which are kept where there is
+    no mask; masked (B, L): no mask is before `first`. before (B,): the token before the first position.
+    choose(logits (B, 1, V), i): the tokens and confidences (B, 1) of position i.
     """
-    tokens, sure = (part.clone() for part in drawn)
+    tokens, sure = (part.clone() for part in known)
     for i in range(first, logits.shape[1]):
-        masked = i >= prefix
-        term = head(tokens[:, i - 1]).to(logits.dtype)
-        logits[:, i] = torch.where(masked[:, None], logits[:, i] + term, logits[:, i])
+        own = masked[:, i]
+        term = head(tokens[:, i - 1] if i else before).to(logits.dtype)
+        logits[:, i] = torch.where(own[:, None], logits[:, i] + term, logits[:, i])
         token, confidence = choose(logits[:, i : i + 1], i)
-        tokens[:, i], sure[:, i] = token[:, 0], confidence[:, 0]
+        tokens[:, i] = torch.where(own, token[:, 0], tokens[:, i])
+        sure[:, i] = torch.where(own, confidence[:, 0], sure[:, i])
     return tokens, sure

@@ -175,7 +175,7 @@ class Tower(nn.Module):
     """Tokens (B, L) → final hidden states (B, L, H); `logits` applies the head.
 
     runners: tried in order for each pass; set by `runners.attach.attach_runners`. mask_embedding: of a tower with
-    adapters (`add_adapters`); draft_head: of its drafts, if there is one.
+    adapters (`add_adapters`); draft_head: of its drafts (`add_draft_head`), which the forward pass does not use.
     """
 
     __call__: Callable[..., PassResult]
@@ -191,8 +191,8 @@ class Tower(nn.Module):
         self.mask_embedding: MaskEmbedding | None = None
         self.draft_head: DraftHead | None = None
 
-    def add_adapters(self, rank: int, mask_token: int, draft_rank: int | None = None) -> None:
-        """Adds an adapter to every linear layer of the mixers, an embedding of the mask token, and maybe a draft head.
+    def add_adapters(self, rank: int, mask_token: int) -> None:
+        """Adds an adapter to every linear layer of the mixers, and an embedding of the mask token.
 
         Routed experts, routers and gates of one value have no adapter.
         """
@@ -200,8 +200,10 @@ class Tower(nn.Module):
             if isinstance(module, Linear) and module.out_features > 1:
                 module.adapter = LowRank(module.in_features, module.out_features, rank)
         self.mask_embedding = MaskEmbedding(self.spec.hidden_size, mask_token)
-        if draft_rank is not None:
-            self.draft_head = DraftHead(self.spec.vocab_size, draft_rank)
+
+    def add_draft_head(self, rank: int) -> None:
+        """Adds a draft head to a denoiser."""
+        self.draft_head = DraftHead(self.spec.vocab_size, rank)
 
     @property
     def device(self) -> torch.device:

@@ -20,10 +20,9 @@ from twotower.cache.state_caches import caches_of
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.families import tower_spec
-from twotower.families.denoiser import denoiser_of
 from twotower.model import long_rope
 from twotower.model.conditioning import TimeConditioning
-from twotower.model.denoisers import Views, add_adapters, check_one_device, parts_of, several_denoisers
+from twotower.model.denoisers import Views, add_adapters, check_one_device, parts_of, several_denoisers, tower_of
 from twotower.model.draft_head import DraftHead
 from twotower.model.fp32_tensors import preserving_fp32
 from twotower.model.layer_io import AttentionMetadata
@@ -58,9 +57,8 @@ class TwoTowerModel(nn.Module):
         spec = tower_spec(config)
         self.context = Tower(spec)
         full = towers == "both" and config.denoisers is None and config.denoiser.adapters is None
-        own = denoiser_of(config, spec) if config.denoisers is None else spec
-        self.denoiser = Tower(own) if full else None
-        self.time = TimeConditioning(own.hidden_size, own.num_layers) if full else None
+        self.denoiser = tower_of(config, spec) if full else None
+        self.time = TimeConditioning(spec.hidden_size, self.denoiser.spec.num_layers) if self.denoiser else None
         self.denoisers, self._views = several_denoisers(config, self.context, towers == "both"), Views()
         if towers == "both" and config.denoisers is None and config.denoiser.adapters is not None:
             add_adapters(self.context, config)
@@ -110,7 +108,7 @@ class TwoTowerModel(nn.Module):
     @property
     def draft_head(self) -> DraftHead | None:
         """The draft head of the denoiser, if it has one."""
-        return self.context.draft_head
+        return (self.context if self.denoiser is None else self.denoiser).draft_head
 
     @property
     def has_denoiser(self) -> bool:

@@ -75,6 +75,7 @@ VARIANTS = {
     "tower as released": tower(train=()),
     "tower, recipe both": tower(),
     "tower, shift 1": tower(*SHIFTED),
+    "tower, shift 1, draft head 64": tower(*SHIFTED, "--draft-head", "64"),
     "tower, shift 1, on-policy": tower(*SHIFTED, train=(*ON_POLICY, "--on-policy-setting", "verified")),
     "tower of 5 layers, shift 1": tower(*SHIFTED, "--denoiser-layers", "every:2"),
     "tower of 5 layers, another seed": tower(*SHIFTED, "--denoiser-layers", "every:2", seed=2),

@@ -21,8 +21,9 @@ class TrainedColumns:
     """n trained columns, row by row. The rows are those of all copies of a corruption (`Corruption.stacked`).
 
     at: (n,) place of each column among copies·B·S columns. token: (n,) the token that it predicts. clean_at: (n,) the
-    column, among B·S clean ones, whose AR output predicts this token; before: (n,) the token there. known: (n,)
-    whether there is such a column; not for the first token of a document, nor for EOS repeated after its end.
+    column, among B·S clean ones, whose AR output predicts this token. known: (n,) whether there is such a column; not
+    for the first token of a document, nor for EOS repeated after its end. before: (n,) the token before the predicted
+    one in its document; −1 where there is none.
     """
 
     at: Tensor
@@ -39,13 +40,21 @@ class TrainedColumns:
 def trained_columns(batch: Batch, wanted: Tensor, shift: int) -> TrainedColumns:
     """wanted: (copies·B, S) from `wanted_columns`, on any device."""
     at = wanted.flatten().nonzero()[:, 0]
-    token_at = at % batch.tokens.numel()
+    own = token_at = at % batch.tokens.numel()
     if shift:  # the last EOS of a document predicts itself
         token_at = token_at + followed(batch).flatten()[token_at]
     clean_at = (token_at - 1).clamp(min=0)
     predicted = F.pad(next_tokens(batch), (1, 0)).flatten()[token_at]
     tokens = batch.tokens.flatten()
-    return TrainedColumns(at, tokens[token_at], clean_at, predicted, tokens[clean_at])
+    return TrainedColumns(at, tokens[token_at], clean_at, predicted, _tokens_before(batch, shift)[own])
+
+
+def _tokens_before(batch: Batch, shift: int) -> Tensor:
+    """(B·S,), the token before the one that each column predicts, in the same document; −1 where there is none."""
+    if shift:
+        return batch.tokens.flatten()
+    same = F.pad(batch.document[:, 1:] == batch.document[:, :-1], (1, 0))
+    return torch.where(same, batch.tokens.roll(1, 1), -1).flatten()
 
 
 def wanted_columns(batch: Batch, noise: Corruption, block_size: int, shift: int = 0, gated: bool = False) -> Tensor:

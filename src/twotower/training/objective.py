@@ -157,6 +157,7 @@ class DenoisingObjective(nn.Module):
             context.head,
         )
         self.embeddings, self.norm_f, self.head, self.time = denoiser.embeddings, denoiser.norm_f, denoiser.head, time
+        self.draft_head = denoiser.draft_head
         pairs = pair_layers(
             context,
             denoiser,
@@ -221,7 +222,7 @@ class DenoisingObjective(nn.Module):
         inputs = self._inputs(batch, noise, block_size)
         hidden, clean, _ = self._streams(inputs)
         own = hidden.flatten(0, 1)[inputs.columns.at]
-        return negative_log_likelihood(self.denoiser, own, inputs.columns.token), clean
+        return negative_log_likelihood(self.denoiser, own, inputs.columns.token, inputs.columns.before), clean
 
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
         """→ the denoiser's final hidden states (copies·B, S, H), and the context tower's residual stream (B, S, H).
@@ -288,7 +289,7 @@ class DenoisingObjective(nn.Module):
     def _losses(self, targets: Targets, hidden: Tensor, clean: Tensor, columns: TrainedColumns) -> Tensor:
         """Final hidden states (n, H) of the denoiser, residual stream (B, S, H) of the context tower → losses (n,)."""
         if not targets.teacher:
-            return negative_log_likelihood(self.denoiser, hidden, columns.token)
+            return negative_log_likelihood(self.denoiser, hidden, columns.token, columns.before)
         with torch.no_grad():
             known = self.context_norm_f(clean.flatten(0, 1)[columns.clean_at])
         examples = Examples(hidden, known, columns.token, columns.known, columns.before)

@@ -70,6 +70,8 @@ def train_denoiser(
         _check_adapters(settings, source, BlockRule.of(config.denoiser).one_pass)
     elif settings.tie and (config.denoiser.denoiser_layers or config.denoiser.denoiser_feed_forward):
         raise ArgumentError(f"{source}: its denoiser has other layers than the context tower; leave out --tie")
+    if config.denoiser.draft_head is not None:
+        _check_draft_head(settings, source)
     with lock_run_dir(directory, settings.fixed() | backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
 
@@ -177,6 +179,17 @@ def _check_adapters(settings: DenoiserSettings, source: Path, gated: bool) -> No
                 f"{source}: its denoiser is adapters on the context tower, which is not trained; leave out "
                 f"--{name.replace('_', '-')}"
             )
+
+
+def _check_draft_head(settings: DenoiserSettings, source: Path) -> None:
+    """Raises ArgumentError if a denoiser with a draft head cannot be trained with these settings."""
+    if settings.tie:
+        raise ArgumentError(f"{source}: its denoiser has a draft head, and --tie has no denoiser; leave out --tie")
+    if settings.elbo:
+        raise ArgumentError(
+            f"{source}: its denoiser has a draft head, which reads tokens under masks, so the weighted loss is no "
+            "bound of the likelihood; leave out --elbo"
+        )
 
 
 def _final_weights(model: TwoTowerForCausalLM, source: Path, tied: bool, world: World) -> dict[str, torch.Tensor]:

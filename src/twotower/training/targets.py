@@ -11,7 +11,7 @@ A mixture of losses at each trained column; q is the denoiser's distribution, p 
 
 Where the AR model has no prediction (the first token of a document, EOS repeated after its end), the loss is that of
 tokens. The AR model is the context tower, at temperature 1 and without gradient. The mask token has probability 0.
-A draft head (`model.draft_head`) gets the true token before each target.
+A draft head (`model.draft_head`) gets the text's token before each target.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.model.tower import Tower
-from twotower.ops.precision import upcast
 from twotower.training.layer_pair import run_unit
-from twotower.training.logits import in_chunks
+from twotower.training.logits import in_chunks, logits_of
 from twotower.training.noise import Corruption
 from twotower.training.shares import parse_shares
 
@@ -66,7 +65,7 @@ ONLY_KL = Targets(tokens=0.0, kl=1.0)
 @dataclass(frozen=True)
 class Examples:
     """n trained columns: final hidden states of the denoiser and of the AR model (n, H), the tokens to predict (n,),
-    whether the AR model predicts them (n,), and the tokens before them (n,)."""
+    whether the AR model predicts them (n,), and the tokens before them (n,), −1 where there is none."""
 
     hidden: Tensor
     clean: Tensor
@@ -117,10 +116,8 @@ def mixed_loss(targets: Targets, found: Tensor, wanted: Tensor, by_token: Tensor
 def log_probabilities(tower: Tower, hidden: Tensor, mask_token: int, before: Tensor | None = None) -> Tensor:
     """Final hidden states (n, H) → ln p (n, V) without the mask token.
 
-    before: the token (n,) before each predicted one, for the tower's draft head, if it has one; None: without the head.
+    before: see `logits_of`.
     """
-    logits = upcast(tower.logits(hidden))
-    if tower.draft_head is not None and before is not None:
-        logits = logits + upcast(tower.draft_head(before))
+    logits = logits_of(tower, hidden, before)
     mask = torch.full((1,), mask_token, device=logits.device)
     return logits.index_fill(-1, mask, BARRED).log_softmax(-1)

@@ -73,11 +73,12 @@ def two_tower_step(
     train_context: bool = False,
     teacher: bool = False,
     denoiser: TowerSpec | None = None,
+    draft_head: int | None = None,
 ) -> StepFlops:
     """FLOPs of the denoising objective: the context layers that are run, the denoiser, the head at masked positions.
 
     teacher: all context layers are run, and the context's head at masked positions. denoiser: its layers, if they are
-    not those of the context tower.
+    not those of the context tower. draft_head: its rank.
     """
     own = denoiser or spec
     coupled = [i for i, layer in zip(own.context_layers, own.layers, strict=True) if layer.kind in COUPLED_KINDS]
@@ -91,7 +92,8 @@ def two_tower_step(
     return StepFlops(
         context=sum(work.forward for work in reading) + (_context_backward(reading) if train_context else 0.0),
         denoiser=sum(work.forward + work.backward for work in denoising),
-        head=_head(spec, row_length * MASKED_SHARE, teacher=teacher),
+        head=_head(spec, row_length * MASKED_SHARE, teacher=teacher)
+        + _draft_head(spec, row_length * MASKED_SHARE, draft_head),
         time=_time(spec.hidden_size, row_length // block_size),
         recomputed=forward if activation_checkpointing else 0.0,
     )
@@ -124,7 +126,7 @@ def adapter_step(
         context=reading,
         denoiser=forward + backward,
         head=_head(spec, row_length * share, teacher=teacher, frozen=True)
-        + 6.0 * row_length * share * (draft_head or 0) * spec.vocab_size,
+        + _draft_head(spec, row_length * share, draft_head),
         time=0.0,
         recomputed=reading + forward if activation_checkpointing else 0.0,
     )
@@ -288,6 +290,11 @@ def _head(spec: TowerSpec, positions: float, *, teacher: bool = False, frozen: b
     forward = 1 + teacher
     products = forward + (1 if frozen else 2) + (forward if positions > positions_at_once(spec.vocab_size) else 0)
     return products * 2.0 * spec.hidden_size * spec.vocab_size * positions
+
+
+def _draft_head(spec: TowerSpec, positions: float, rank: int | None) -> float:
+    """FLOPs of a draft head of this rank, forward and backward; None: there is none."""
+    return 6.0 * (rank or 0) * spec.vocab_size * positions
 
 
 def _time(hidden: int, levels: int) -> float:

@@ -52,7 +52,8 @@ def build(
         with torch.device("meta"):
             tower = tower_of_cuda(spec, dtype)
             count = sum(p.numel() for p in tower.parameters())
-            tower.add_adapters(adapters, 0, draft_head)
+            tower.add_adapters(adapters, 0)
+            _add_draft_head(tower, draft_head)
         recipe = ADAPTER_RECIPE if teacher else replace(ADAPTER_RECIPE, targets=ONLY_TOKENS)
         own = AdapterOptions(mask_token_id=0, activation_checkpointing=activation_checkpointing, recipe=recipe)
         objective = AdapterObjective(tower, own)
@@ -61,6 +62,7 @@ def build(
     with torch.device("meta"):
         denoiser = tower_of_cuda(denoiser_spec or spec, dtype)
         reader = denoiser if context == "tied" else tower_of_cuda(spec, dtype)
+        _add_draft_head(denoiser, draft_head)
         time = TimeConditioning(spec.hidden_size, denoiser.spec.num_layers)
     options = DenoisingOptions(
         mask_token_id=0,
@@ -71,6 +73,11 @@ def build(
     objective = DenoisingObjective(reader, denoiser, time, options)
     cast(objective, dtype)
     return objective, sum(p.numel() for p in reader.parameters())
+
+
+def _add_draft_head(tower: Tower, rank: int | None) -> None:
+    if rank is not None:
+        tower.add_draft_head(rank)
 
 
 def measure_profile(
@@ -189,7 +196,7 @@ def _measure_tail(
         every, at = (torch.empty(shape[0] * shape[1], dtype=torch.long, device="meta") for _ in range(2))
         if isinstance(objective, DenoisingObjective) and not recipe.targets.teacher:
             hidden = objective.norm_f(x).flatten(0, 1).index_select(0, at)
-            return (negative_log_likelihood(tower, hidden, every).sum(),)
+            return (negative_log_likelihood(tower, hidden, every, every).sum(),)
         if isinstance(objective, AdapterObjective):
             hidden = objective.norm_f(x.flatten(0, 1).index_select(0, at))
         else:

@@ -183,6 +183,7 @@ def _flops(spec: TowerSpec, setup: Setup, denoiser: TowerSpec | None) -> StepFlo
         train_context=setup.context != "frozen",
         teacher=setup.teacher,
         denoiser=denoiser,
+        draft_head=setup.draft_head,
     )
 
 

@@ -19,7 +19,7 @@ class Setup:
 
     batch_size: rows of one step over all GPUs (None: one micro-batch each). micro_batch_size: rows of one pass on
     one GPU. peak_tflops: of one GPU, dense, in dtype. adapters: their rank, if the denoiser is adapters;
-    draft_head: that of their draft head. teacher: the targets are the AR model's distribution. Assumed:
+    draft_head: that of a draft head. teacher: the targets are the AR model's distribution. Assumed:
     utilisation (a share of the peak, recomputation counted as work); bandwidth_gb (GB/s at which one GPU gathers:
     NCCL's bus bandwidth); reserve_gib (CUDA's own memory, NCCL's buffers, fragmentation).
     """

@@ -21,7 +21,7 @@ from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.layer_pair import LayerPair
 from twotower.training.log_schema import Validation
-from twotower.training.logits import in_chunks
+from twotower.training.logits import in_chunks, logits_of
 from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective
 from twotower.training.validation.kept import TextsKept
@@ -183,7 +183,8 @@ class DenoisingValidation:
         """(6,): sum of −ln p over masked positions, their number, agreements with greedy (B, S), comparisons; columns
         that agree from the left of a block, and blocks with masks."""
         mask_token = self.objective.options.mask_token_id
-        nll, choice = _score(self.objective.denoiser, hidden.flatten(0, 1)[columns.at], columns.token, mask_token)
+        denoiser, own = self.objective.denoiser, hidden.flatten(0, 1)[columns.at]
+        nll, choice = _score(denoiser, own, columns.token, columns.before, barred=mask_token)
         wanted = greedy.flatten()[columns.at + self.objective.options.shift]
         agrees, drafted = (torch.zeros_like(greedy, dtype=torch.bool).flatten() for _ in range(2))
         agrees[columns.at], drafted[columns.at] = choice == wanted, True
@@ -206,11 +207,16 @@ def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int, shif
     return Corruption(t, batch.denoised & open_ & (uniform < level))
 
 
-def _score(tower: Tower, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
-    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the most likely token (N,) other than `barred`."""
+def _score(
+    tower: Tower, hidden: Tensor, tokens: Tensor, *before: Tensor, barred: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the most likely token (N,) other than `barred`.
+
+    before: the tokens (N,) before these, for a draft head.
+    """
     parts = []
-    for part, true in in_chunks(tower, hidden, tokens):
-        logits = tower.logits(part)
+    for part, true, *known in in_chunks(tower, hidden, tokens, *before):
+        logits = logits_of(tower, part, *known)
         nll = F.cross_entropy(logits, true, reduction="none")
         if barred is not None:
             logits[:, barred] = -torch.inf
