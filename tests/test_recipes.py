@@ -7,12 +7,14 @@ import json
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from doc_blocks import command_problem
 
+from twotower.checkpoint.denoiser_choices import DenoiserChoices
 from twotower.recipes import ablations, adapters, small, smollm2
 from twotower.recipes.chat_prompts import KINDS, SUBJECTS, chat_prompts
 from twotower.recipes.stages import RecipeStage, run_stages
@@ -83,6 +85,10 @@ def test_the_variants_of_the_ablations_are_valid_commands(tmp_path: Path) -> Non
     folders = {ablations.folder(tmp_path, name) for name in ablations.VARIANTS}
     assert len(folders) == len(ablations.VARIANTS)
     for variant in ablations.VARIANTS.values():
+        words = iter(variant.init)
+        choices = {name.removeprefix("--").replace("-", "_"): value for name, value in zip(words, words, strict=True)}
+        rank = choices.get("denoiser_lora")
+        DenoiserChoices.of_options(defaultdict(lambda: None, choices)).config(None if rank is None else int(rank))
         words = iter(variant.train)
         options = dict(zip(words, words, strict=True))
         RecipeChoices(
