@@ -37,6 +37,7 @@ from twotower.ops.triton import (
     activation,
     argmax,
     attention,
+    draft_sweep,
     experts,
     linear,
     low_rank,
@@ -62,7 +63,20 @@ TYPES = {
     torch.uint8: "*u8",
 }
 CPU = torch.device("cpu")
-MODULES = (activation, argmax, attention, experts, linear, low_rank, mamba_block, norm, rope, routing, state_update)
+MODULES = (
+    activation,
+    argmax,
+    attention,
+    draft_sweep,
+    experts,
+    linear,
+    low_rank,
+    mamba_block,
+    norm,
+    rope,
+    routing,
+    state_update,
+)
 
 
 class Compiler:
@@ -238,7 +252,7 @@ def attentions(full: bool) -> None:
 
 
 def adapters(full: bool) -> None:
-    """Adapters of the input projection of a Mamba layer, of queries, keys and values, and of a gated MLP."""
+    """Adapters of the input projection of a Mamba layer, of attention, and of a gated MLP; draft heads."""
     for width, outs, rank, dtype in (
         (2688, (10304,), 16, torch.bfloat16),
         (2688, (4096, 256, 256), 32, torch.bfloat16),
@@ -251,6 +265,11 @@ def adapters(full: bool) -> None:
             pairs = [(x.new_empty(rank, width), x.new_empty(out, rank)) for out in outs]
             acts = torch.ones(count, dtype=torch.bool)
             low_rank.low_rank([x.new_empty(count, out) for out in outs], x, pairs, acts)
+
+    for rank, dtype in ((32, torch.bfloat16), (5, torch.bfloat16), (48, torch.float32)):
+        logits, weights = torch.empty(2, 1, 131072, dtype=dtype), [torch.empty(131072, rank, dtype=dtype)] * 2
+        tokens, masked = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.bool)
+        draft_sweep.draft_sweep(logits, (tokens, torch.zeros(2, 1)), masked, tokens[:, 0], weights)
 
 
 def heads_and_activations() -> None:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twotower.ops import registry
 
 MODULES = (
-    "activation", "argmax", "attention", "experts", "linear", "low_rank", "mamba_block", "norm", "rope", "routing",
-    "state_update",
+    "activation", "argmax", "attention", "draft_sweep", "experts", "linear", "low_rank", "mamba_block", "norm", "rope",
+    "routing", "state_update",
 )  # fmt: skip
 # Operations that allocate or describe memory, and launch nothing.
 SILENT = frozenset(

@@ -15,10 +15,10 @@ if importlib.util.find_spec("triton") is None:
 
 KERNELS = {
     "activation._activate_kernel", "argmax._argmax_kernel", "attention._attention_kernel", "attention._combine_kernel",
-    "experts._combine_kernel", "experts._expert_kernel", "experts._group_kernel", "linear._linear_kernel",
-    "linear._reduce_splits_kernel", "low_rank._expand_kernel", "low_rank._reduce_kernel",
-    "mamba_block._block_kernel", "mamba_block._norm_kernel", "norm._norm_kernel",
-    "rope._heads_kernel", "routing._logits_kernel", "routing._topk_kernel", "state_update._state_update_kernel",
+    "draft_sweep._draft_kernel", "experts._combine_kernel", "experts._expert_kernel", "experts._group_kernel",
+    "linear._linear_kernel", "linear._reduce_splits_kernel", "low_rank._expand_kernel", "low_rank._reduce_kernel",
+    "mamba_block._block_kernel", "mamba_block._norm_kernel", "norm._norm_kernel", "rope._heads_kernel",
+    "routing._logits_kernel", "routing._topk_kernel", "state_update._state_update_kernel",
 }  # fmt: skip
 
 

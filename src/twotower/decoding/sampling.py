@@ -63,12 +63,17 @@ class NoiseKeys(NamedTuple):
         return self._replace(positions=self.positions[:, place : place + 1])
 
 
+def all_greedy(rules: Sequence[SamplingRule]) -> bool:
+    """Whether every row takes the largest logit."""
+    return all(rule.temperature <= 0 for rule in rules)
+
+
 def sample_rows(logits: Tensor, rules: Sequence[SamplingRule], keys: Callable[[], NoiseKeys]) -> tuple[Tensor, Tensor]:
     """Chooses tokens from logits (B, L, V), with a rule a row → tokens and their confidence (B, L).
 
     keys: called only if a row's temperature is above 0.
     """
-    if all(rule.temperature <= 0 for rule in rules):
+    if all_greedy(rules):
         return argmax_with_confidence(logits)
     known = keys()
     if len(set(rules)) == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.acceptance import accept
 from twotower.decoding.output import BlockEvent, TokenLogprob
-from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, sample_rows
+from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, all_greedy, confidence, sample_rows
 from twotower.engine import changed_logits, one_pass
 from twotower.engine.constraint_masks import advance, mask_logits
 from twotower.engine.logprobs import LogprobRequest, PendingLogprobs, numbers_of
@@ -229,9 +229,9 @@ def _choose(
         def choose(logits: Tensor, place: int) -> tuple[Tensor, Tensor]:
             return sample_rows(logits, rules, lambda: keys().at(place))
 
-        masked = torch.arange(width, device=device) >= read.lengths[:, None]
+        masked, greedy = torch.arange(width, device=device) >= read.lengths[:, None], all_greedy(rules)
         first = min(len(entry.tokens) for entry in scheduled)
-        own, sure = draw(head, logits, (own, sure), masked, own[:, 0], choose, first)
+        own, sure = draw(head, logits, (own, sure), masked, own[:, 0], None if greedy else choose, first)
     if width == 1:
         return own, sure
     final = any(sequence.keeps_draft for sequence in sequences)

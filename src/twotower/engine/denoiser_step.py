@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower.cache.pools import ContextView
 from twotower.decoding.block_rule import noise_level
 from twotower.decoding.output import StepEvent
-from twotower.decoding.sampling import DIFFUSION_CANDIDATE, NoiseKeys, sample_rows
+from twotower.decoding.sampling import DIFFUSION_CANDIDATE, NoiseKeys, all_greedy, sample_rows
 from twotower.decoding.unmasking import Pass
 from twotower.engine import changed_logits
 from twotower.engine.commit import commit_rows
@@ -251,7 +251,7 @@ def _chosen(
     before = torch.cat([last, tokens], 1)[:, -count - 1]
     tokens, masked = tokens[:, -count:], masked[:, -count:]
     known = tokens, torch.zeros(tokens.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
-    return draw(model.draft_head, logits, known, masked, before, choose)
+    return draw(model.draft_head, logits, known, masked, before, None if all_greedy(rules) else choose)
 
 
 def _without_mask_token(

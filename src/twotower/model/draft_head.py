@@ -35,6 +35,11 @@ class DraftHead(nn.Module):
         nn.init.normal_(self.previous, std=self.previous.shape[1] ** -0.5)
         nn.init.zeros_(self.following)
 
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """W₁ and W₂."""
+        return self.previous, self.following
+
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (…), each before a mask → what it adds to the logits of the mask (…, V)."""
         before = self.previous[tokens]
@@ -48,15 +53,19 @@ def draw(
     known: tuple[Tensor, Tensor],
     masked: Tensor,
     before: Tensor,
-    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None,
     first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Draws the tokens at masks from left to right with the draft head → tokens and confidences (B, L).
 
     logits (B, L, V), to which the terms are added; known: tokens and confidences (B, L), which are kept where there is
     no mask; masked (B, L): no mask is before `first`. before (B,): the token before the first position.
-    choose(logits (B, 1, V), i): the tokens and confidences (B, 1) of position i.
+    choose(logits (B, 1, V), i): the tokens and confidences (B, 1) of position i; None: the largest logit.
     """
+    if choose is None:
+        sweep = select("draft_sweep", logits.device, logits.dtype).function
+        greedy: tuple[Tensor, Tensor] = sweep(logits, known, masked, before, head.weights, first)
+        return greedy
     tokens, sure = (part.clone() for part in known)
     for i in range(first, logits.shape[1]):
         own = masked[:, i]

@@ -27,6 +27,7 @@ from twotower.ops.reference import (
     activation,
     argmax,
     attention,
+    draft_sweep,
     experts,
     int4,
     int8,
@@ -130,6 +131,10 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         _triton("argmax", "argmax", "reads the logits once"),
         _native(native_ops.argmax, "reads the logits once"),
         Backend("tiles", argmax.argmax, "plain torch, upcasts one tile at a time"),
+    ),
+    "draft_sweep": (
+        _triton("draft_sweep", "draft_sweep", "one kernel a position, no host read"),
+        Backend("torch", draft_sweep.draft_sweep, "plain torch"),
     ),
     "linear": (
         _native(native_ops.linear, "reads weights once, for small batches"),

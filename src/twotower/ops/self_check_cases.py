@@ -112,6 +112,27 @@ def argmax_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     ]
 
 
+def draft_sweep_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Vocabularies in one part and in several; rows with masks from the start, behind a prefix, apart, and without.
+
+    All sums are exact in bf16: logits are halves, and terms small integers, with many ties.
+    """
+
+    def arguments(size: int, rank: int, first: int) -> tuple[object, ...]:
+        randn = Randn(22, device)
+        logits = (randn(4, 5, size) * 4).round() / 2
+        weights = tuple(randn(size, rank).clamp(-1, 1).round().to(dtype) for _ in range(2))
+        masked = torch.ones(4, 5, device=device, dtype=torch.bool)
+        masked[:, :first] = False
+        masked[1, :4], masked[2, 3], masked[3] = False, False, False
+        tokens, before = (torch.arange(count, device=device) * 3 % size for count in (20, 4))
+        known = tokens.view(4, 5), torch.full((4, 5), 0.5, device=device)
+        return logits.to(dtype), known, masked, before, weights, first
+
+    sizes = (13, 3, 0), (700, 8, 1), *(((131072 + 1, 12, 0),) if device.type == "cuda" else ())
+    return [make_case(f"a vocabulary of {size[0]}, rank {size[1]}", arguments, *size) for size in sizes]
+
+
 def mamba_weights(sizes: Sizes, device: torch.device, dtype: torch.dtype, bias: bool = True) -> MambaWeights:
     """Random weights whose heads decay over a few to many tokens; weights that checkpoints keep in fp32 are fp32."""
     randn = Randn(1, device)
@@ -300,6 +321,7 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "state_update": state_update_cases,
     "kv_append": kv_append_cases,
     "argmax": argmax_cases,
+    "draft_sweep": draft_sweep_cases,
     "linear": linear_cases,
     "rms_norm": rms_norm_cases,
     "norm_and_rotate": norm_and_rotate_cases,
