@@ -18,7 +18,7 @@ from torch import Tensor
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.output import BlockEvent
-from twotower.decoding.unmasking import POLICIES, threshold
+from twotower.decoding.unmasking import POLICIES, span, threshold
 from twotower.engine import context_step, one_pass
 from twotower.engine.context_step import PendingContext
 from twotower.engine.denoiser_step import OpenBlocks, PendingDenoise
@@ -152,11 +152,14 @@ class CompiledPasses:
     def fills(self, towers: Towers, sequences: Sequence[RunningSequence]) -> bool:
         """Whether `launch_blocks` supports these sequences; it may still return None."""
         model = self._model(towers, "denoise")
-        if model is None or model.denoiser is None or model.config.denoiser.draft_head is not None:
+        if model is None or model.denoiser is None:
             return False
-        own_rule = POLICIES["threshold"].rule is threshold
-        return own_rule and all(
-            s.policy == "threshold" and s.rule.temperature <= 0 and not s.request.watched and not s.changes_logits
+        own_rules = POLICIES["threshold"].rule is threshold and POLICIES["span"].rule is span
+        return own_rules and all(
+            s.policy in ("threshold", "span")
+            and s.rule.temperature <= 0
+            and not s.request.watched
+            and not s.changes_logits
             for s in sequences
         )
 
@@ -182,6 +185,8 @@ class CompiledPasses:
                 steps=s.max_passes,
                 opens=s in opening,
                 pending=s.pending if s.begins_with_text else -1,
+                before=s.last_token,
+                span=s.policy == "span",
                 modulations=modulations.get(s.params.block_size),
                 threshold=s.policy_value,
             )

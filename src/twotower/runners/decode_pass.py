@@ -50,7 +50,7 @@ class Decoder(ctypes.Structure):
 
 
 class Blocks(ctypes.Structure):
-    """`Blocks` in decode.h: addresses of the tensors of open blocks, and what is the same for all of them."""
+    """`Blocks` in blocks.h: addresses of the tensors of open blocks, and what is the same for all of them."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("tokens", "committed_at", "step", "steps")),
@@ -60,10 +60,11 @@ class Blocks(ctypes.Structure):
 
 
 class BlockRow(ctypes.Structure):
-    """`BlockRow` in decode.h: a row of `DecodePass.fill_blocks`."""
+    """`BlockRow` in blocks.h: a row of `DecodePass.fill_blocks`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("size", "mask_token", "steps", "opens", "pending")),
+        *((name, ctypes.c_int64) for name in ("size", "mask_token", "steps", "opens")),
+        *((name, ctypes.c_int64) for name in ("pending", "before", "span")),
         ("modulations", ctypes.c_void_p),
         ("threshold", ctypes.c_float),
     ]

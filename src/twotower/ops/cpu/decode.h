@@ -3,6 +3,7 @@
 #pragma once
 #include <memory>
 #include "argmax.h"
+#include "blocks.h"
 #include "draft_planner.h"
 #include "tower.h"
 
@@ -26,57 +27,46 @@ struct Decoder {
     long slot(long row) const { return slots ? slots[row] : row; }
 };
 
-// Open blocks of R slots with up to `size` positions, as `OpenBlocks` in engine/denoiser_step.py: (R, size); step, steps
-// (R,). shift: an output predicts the token so many positions later. prefix_causal: the positions before the first mask
-// attend causally.
-struct Blocks {
-    int64_t *tokens, *committed_at, *step, *steps;
-    uint8_t* masked;
-    float* confidence;
-    int64_t size, shift, prefix_causal;
-};
+// What a draft head draws at a position: nothing, a token after the one chosen before it, or one after a given token.
+constexpr int64_t NO_DRAW = -2, AFTER_CHOSEN = -1;
 
-// A row of `fill_blocks`: its block size, its mask token, its most passes, the threshold of its commit policy, and its
-// modulations at each number of masked positions, from 1 (or null). opens: a new block begins, and pending is its first
-// token (−1: it is masked too).
-struct BlockRow {
-    int64_t size, mask_token, steps, opens, pending;
-    const void* modulations;
-    float threshold;
-};
-
-// Draws the tokens at the masks of each row again, from left to right: the draft head adds its term to their logits.
-// prefix (rows,): the first masks. The other arguments are those of `choose`.
+// Draws tokens of each row again, from left to right: the draft head adds its term to their logits. before (rows, L): the
+// token before each, or a constant. The other arguments are those of `choose`.
 template <class T>
-void draw(const Decoder& d, T* logits, const int64_t* prefix, const int64_t* excluded, int64_t* chosen,
+void draw(const Decoder& d, T* logits, const int64_t* before, const int64_t* excluded, long each, int64_t* chosen,
           float* confidence, int threads) {
     const long rows = d.pass->rows, L = d.pass->L, V = d.vocab, r = d.draft_rank;
     const T *previous = static_cast<const T*>(d.previous), *none = nullptr;
-    T* before = reinterpret_cast<T*>(scratch(22, rows * r));
+    T* inputs = reinterpret_cast<T*>(scratch(22, rows * r));
     const std::unique_ptr<T[]> term(new T[rows * V]);
     std::vector<long> places;
-    for (long l = 1; l < L; l++) {
+    for (long l = 0; l < L; l++) {
         places.clear();
         for (long b = 0; b < rows; b++)
-            if (l >= prefix[b]) places.push_back(b * L + l);
-        for (size_t i = 0; i < places.size(); i++) std::copy_n(previous + chosen[places[i] - 1] * r, r, before + i * r);
+            if (before[b * L + l] != NO_DRAW) places.push_back(b * L + l);
+        for (size_t i = 0; i < places.size(); i++) {
+            const int64_t given = before[places[i]], token = given == AFTER_CHOSEN ? chosen[places[i] - 1] : given;
+            std::copy_n(previous + token * r, r, inputs + i * r);
+        }
         const Matrix<T> following{static_cast<const T*>(d.following), nullptr, nullptr};
-        if (!places.empty()) linear(before, following, none, term.get(), long(places.size()), r, V, threads);
+        if (!places.empty()) linear(inputs, following, none, term.get(), long(places.size()), r, V, threads);
         for (size_t i = 0; i < places.size(); i++) {
             const long at = places[i];
             add(term.get() + i * V, 1.0f, V, logits + at * V);
-            argmax(logits + at * V, excluded ? excluded + at : nullptr, chosen + at, confidence + at, 1, 1, V, threads);
+            const int64_t* barred = excluded ? excluded + at / each : nullptr;
+            argmax(logits + at * V, barred, chosen + at, confidence + at, 1, 1, V, threads);
         }
     }
 }
 
 // One pass over `tokens` (rows, L) → the most probable token after each (or instead of each) and its confidence; chosen
 // null: neither. excluded: as in `argmax`, one for `each` positions. prefix (rows,): tokens before the first mask, which
-// attend causally; from there on adapters act. Null: neither. The other arguments are those of `tower`.
+// attend causally; from there on adapters act. Null: neither. before: as in `draw`; null: no token is drawn again. The
+// other arguments are those of `tower`.
 template <class X, class T>
 void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, const int64_t* counts,
-            const int64_t* prefix, const int64_t* excluded, long each, int causal, int64_t* chosen, float* confidence,
-            int threads) {
+            const int64_t* prefix, const int64_t* excluded, long each, const int64_t* before, int causal, int64_t* chosen,
+            float* confidence, int threads) {
     const PassOptions& s = *d.pass;
     const long count = s.rows * s.L, H = s.H, V = d.vocab;
     const auto of = [](const void* p) { return static_cast<const T*>(p); };
@@ -98,7 +88,7 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
                          s.int8_activations != 0};
     linear(hidden, head, of(d.head_bias), logits, count, H, V, threads);
     argmax(logits, excluded, chosen, confidence, count, each, V, threads);
-    if (prefix && d.previous) draw(d, logits, prefix, excluded, chosen, confidence, threads);
+    if (before) draw(d, logits, before, excluded, each, chosen, confidence, threads);
 }
 
 // Updates the Mamba states with the first accepted[b] tokens of the pass, and the lengths.
@@ -129,7 +119,7 @@ void ar_steps(const Decoder& d, const int64_t* tokens, long steps, const int64_t
     const std::vector<int64_t> ones(rows, 1);
     bool over = false;
     for (*done = 0; *done < steps && !over; tokens = chosen, chosen += rows, confidence += rows, ++*done) {
-        choose<X, T>(d, tokens, nullptr, ones.data(), nullptr, nullptr, 1, 1, chosen, confidence, threads);
+        choose<X, T>(d, tokens, nullptr, ones.data(), nullptr, nullptr, 1, nullptr, 1, chosen, confidence, threads);
         commit<T>(d, ones.data(), threads);
         over = !finite(confidence, rows);
         for (long b = 0; b < rows; b++)
@@ -154,12 +144,17 @@ void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts,
                  const int64_t* final, int64_t* chosen, float* confidence, int64_t* accepted, int threads) {
     const long rows = d.pass->rows, L = d.pass->L;
     std::vector<uint8_t> mask;
-    std::vector<int64_t> kept(rows), excluded;
+    std::vector<int64_t> kept(rows), excluded, before;
     const bool adapts = !std::equal(counts, counts + rows, widths);
     if (adapts)
-        for (long t = 0; t < rows * L; t++) excluded.push_back(t % L < counts[t / L] ? -1 : d.mask_token);
+        for (long t = 0; t < rows * L; t++) {
+            const bool drafted = t % L >= counts[t / L];
+            excluded.push_back(drafted ? d.mask_token : -1);
+            before.push_back(drafted ? AFTER_CHOSEN : NO_DRAW);
+        }
     choose<X, T>(d, tokens, padding_mask(*d.pass, widths, mask), counts, adapts ? counts : nullptr,
-                 adapts ? excluded.data() : nullptr, 1, 1, chosen, confidence, threads);
+                 adapts ? excluded.data() : nullptr, 1, adapts && d.previous ? before.data() : nullptr, 1, chosen,
+                 confidence, threads);
     for (long b = 0; b < rows; b++) {
         const int64_t *read = tokens + b * L, *own = chosen ? chosen + b * L : nullptr;
         long n = 0;
@@ -266,39 +261,6 @@ void one_pass_rounds(const Decoder& d, const RoundRow* given, const int64_t* tok
     }
 }
 
-// Commits positions of a row's block after its pass number `step`: those above the threshold, and in any case as many as
-// are due (`commit` in decoding/unmasking.py). candidate, sure: of each output, which predicts the token `shift` positions
-// later; with shift, the first position is never masked. Returns whether masked positions are left.
-inline bool commit_block(const int64_t* candidate, const float* sure, const BlockRow& row, long shift, int64_t step,
-                         int64_t* tokens, uint8_t* masked, int64_t* committed_at, float* confidence) {
-    std::vector<long> places;
-    for (long i = shift; i < row.size; i++)
-        if (masked[i]) places.push_back(i);
-    const long left = places.size(), over = row.steps - step;
-    const auto above = [&](long i) { return sure[i - shift] > row.threshold; };
-    const long above_count = std::count_if(places.begin(), places.end(), above);
-    const long count = std::min(left, std::max({above_count, (left + over - 1) / over, 1L}));
-    const auto rank = [&](long i) { return std::isnan(sure[i - shift]) ? INFINITY : sure[i - shift]; };  // as torch sorts
-    std::stable_sort(places.begin(), places.end(), [&](long a, long b) {
-        return above(a) != above(b) ? above(a) : rank(a) > rank(b);
-    });
-    for (long k = 0; k < count; k++) {
-        const long i = places[k];
-        tokens[i] = candidate[i - shift], masked[i] = 0, committed_at[i] = step, confidence[i] = sure[i - shift];
-    }
-    return count < left;
-}
-
-inline void open_block(const Blocks& blocks, const BlockRow& row, long slot) {
-    const long at = slot * blocks.size;
-    std::fill_n(blocks.tokens + at, blocks.size, row.mask_token);
-    for (long i = 0; i < blocks.size; i++) blocks.masked[at + i] = i < row.size;
-    std::fill_n(blocks.committed_at + at, blocks.size, 0);
-    std::fill_n(blocks.confidence + at, blocks.size, 0.0f);
-    if (row.pending >= 0) blocks.tokens[at] = row.pending, blocks.masked[at] = 0;
-    blocks.step[slot] = 0, blocks.steps[slot] = row.steps;
-}
-
 // Up to `most` passes of the denoiser over the blocks of all rows. Ends after a pass in which a block is finished.
 // modulation: of this pass, (rows, 3 · layers · H), where `inputs` find it. done: passes made.
 template <class X, class T>
@@ -308,6 +270,7 @@ void fill_blocks(const Decoder& d, const Blocks& blocks, const BlockRow* rows, l
     const long count = s.rows * s.L, each = s.modulation_stride;
     std::vector<uint8_t> mask;
     std::vector<int64_t> tokens(count), chosen(count), sizes(s.rows), excluded(s.rows), prefix(s.rows);
+    std::vector<int64_t> before(d.previous ? count : 0);
     std::vector<float> sure(count);
     for (long b = 0; b < s.rows; b++) {
         sizes[b] = rows[b].size, excluded[b] = rows[b].mask_token;
@@ -321,12 +284,18 @@ void fill_blocks(const Decoder& d, const Blocks& blocks, const BlockRow* rows, l
             std::copy_n(blocks.tokens + at, s.L, tokens.data() + b * s.L);
             const long left = std::count(blocks.masked + at, blocks.masked + at + s.L, 1);
             prefix[b] = std::find(blocks.masked + at, blocks.masked + at + s.L, 1) - (blocks.masked + at);
+            for (long l = 0; d.previous && l < s.L; l++) {
+                const long i = l + blocks.shift;  // the input that this output predicts
+                const bool open = i < s.L && blocks.masked[at + i], drawn = i > 0 && blocks.masked[at + i - 1];
+                const int64_t known = i > 0 ? blocks.tokens[at + i - 1] : rows[b].before;
+                before[b * s.L + l] = !open ? NO_DRAW : drawn ? AFTER_CHOSEN : known;
+            }
             if (rows[b].modulations && left)
                 std::copy_n(static_cast<const T*>(rows[b].modulations) + (left - 1) * each, each,
                             static_cast<T*>(modulation) + b * each);
         }
         choose<X, T>(d, tokens.data(), token_mask, nullptr, blocks.prefix_causal ? prefix.data() : nullptr,
-                     excluded.data(), s.L, 0, chosen.data(), sure.data(), threads);
+                     excluded.data(), s.L, d.previous ? before.data() : nullptr, 0, chosen.data(), sure.data(), threads);
         for (long b = 0; b < s.rows; b++) {
             const long slot = d.slot(b), at = slot * blocks.size, from = b * s.L;
             finished |= !commit_block(chosen.data() + from, sure.data() + from, rows[b], blocks.shift,
