@@ -149,7 +149,7 @@ def test_greedy_rounds_take_the_operation(monkeypatch: pytest.MonkeyPatch) -> No
         called.append(logits.shape[1])
         return reference.draft_sweep(logits, *rest)
 
-    own = {"draft_sweep": (dataclasses.replace(backend, function=noting),)}
+    own = {"draft_sweep": (dataclasses.replace(backend, function=noting, name="noting"),)}
     monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | own)
     registry._select.cache_clear()
     for temperature in (0.0, 0.7):

@@ -229,9 +229,9 @@ def _choose(
         def choose(logits: Tensor, place: int) -> tuple[Tensor, Tensor]:
             return sample_rows(logits, rules, lambda: keys().at(place))
 
-        masked, greedy = torch.arange(width, device=device) >= read.lengths[:, None], all_greedy(rules)
+        masked = torch.arange(width, device=device) >= read.lengths[:, None]
         first = min(len(entry.tokens) for entry in scheduled)
-        own, sure = draw(head, logits, (own, sure), masked, own[:, 0], None if greedy else choose, first)
+        own, sure = draw(head, logits, (own, sure), masked, own[:, 0], choose, first, all_greedy(rules))
     if width == 1:
         return own, sure
     final = any(sequence.keeps_draft for sequence in sequences)

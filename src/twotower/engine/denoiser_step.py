@@ -251,7 +251,7 @@ def _chosen(
     before = torch.cat([last, tokens], 1)[:, -count - 1]
     tokens, masked = tokens[:, -count:], masked[:, -count:]
     known = tokens, torch.zeros(tokens.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
-    return draw(model.draft_head, logits, known, masked, before, None if all_greedy(rules) else choose)
+    return draw(model.draft_head, logits, known, masked, before, choose, greedy=all_greedy(rules))
 
 
 def _without_mask_token(

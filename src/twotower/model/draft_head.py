@@ -53,19 +53,21 @@ def draw(
     known: tuple[Tensor, Tensor],
     masked: Tensor,
     before: Tensor,
-    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None,
+    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
     first: int = 0,
+    greedy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Draws the tokens at masks from left to right with the draft head → tokens and confidences (B, L).
 
     logits (B, L, V), to which the terms are added; known: tokens and confidences (B, L), which are kept where there is
     no mask; masked (B, L): no mask is before `first`. before (B,): the token before the first position.
-    choose(logits (B, 1, V), i): the tokens and confidences (B, 1) of position i; None: the largest logit.
+    choose(logits (B, 1, V), i): the tokens and confidences (B, 1) of position i. greedy: it takes the largest logits,
+    for which `draft_sweep` may have a kernel.
     """
-    if choose is None:
-        sweep = select("draft_sweep", logits.device, logits.dtype).function
-        greedy: tuple[Tensor, Tensor] = sweep(logits, known, masked, before, head.weights, first)
-        return greedy
+    sweep = select("draft_sweep", logits.device, logits.dtype)
+    if greedy and sweep.name != "torch":
+        drawn: tuple[Tensor, Tensor] = sweep.function(logits, known, masked, before, head.weights, first)
+        return drawn
     tokens, sure = (part.clone() for part in known)
     for i in range(first, logits.shape[1]):
         own = masked[:, i]
