@@ -150,8 +150,10 @@ def one_pass(passes: Passes, prompt: list[int], new: int, threshold: float) -> l
     block, state = prompt[-1:], passes.empty
     if prompt[:-1]:
         state = passes.read(prompt[:-1], state)[1]
+    rounds = 0
     while len(text) < new and not {*text} & {*info["eos_token_ids"]}:
-        masks = max(min(info["block_size"] - len(block), new - len(text) - 1), 0)
+        masks = max(min(width(len(block), len(text), rounds, info["block_size"]) - len(block), new - len(text) - 1), 0)
+        rounds += 1
         logits, state = passes.read(block + [info["mask_token_id"]] * masks, state, len(block))
         found = [int(logits[len(block) - 1].argmax())]  # of the autoregressive model
         for row in logits[len(block) :]:
@@ -162,6 +164,17 @@ def one_pass(passes: Passes, prompt: list[int], new: int, threshold: float) -> l
         text += found
         block = found
     return ended(text[:new], info["eos_token_ids"])
+
+
+def width(known: int, tokens: int, rounds: int, size: int) -> int:
+    """The positions of a pass that reads `known` tokens: mask i pays while r^i > 0.2 (docs/decoding.md).
+
+    r is the share of the text's tokens that masks brought; each of the rounds so far brought one token without a mask.
+    """
+    rate, masks = (8 + tokens - rounds) / (10 + tokens), 1
+    while known + masks < size and rate ** (masks + 1) > 0.2:
+        masks += 1
+    return min(known + masks, size)
 
 
 def ended(text: list[int], ends: list[int]) -> list[int]:
