@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from twotower.ops.reference.draft_sweep import sweep
 from twotower.ops.registry import select
 
 
@@ -64,16 +65,8 @@ def draw(
     choose(logits (B, 1, V), i): the tokens and confidences (B, 1) of position i. greedy: it takes the largest logits,
     for which `draft_sweep` may have a kernel.
     """
-    sweep = select("draft_sweep", logits.device, logits.dtype)
-    if greedy and sweep.name != "torch":
-        drawn: tuple[Tensor, Tensor] = sweep.function(logits, known, masked, before, head.weights, first)
+    kernel = select("draft_sweep", logits.device, logits.dtype)
+    if greedy and kernel.name != "torch":
+        drawn: tuple[Tensor, Tensor] = kernel.function(logits, known, masked, before, head.weights, first)
         return drawn
-    tokens, sure = (part.clone() for part in known)
-    for i in range(first, logits.shape[1]):
-        own = masked[:, i]
-        term = head(tokens[:, i - 1] if i else before).to(logits.dtype)
-        logits[:, i] = torch.where(own[:, None], logits[:, i] + term, logits[:, i])
-        token, confidence = choose(logits[:, i : i + 1], i)
-        tokens[:, i] = torch.where(own, token[:, 0], tokens[:, i])
-        sure[:, i] = torch.where(own, confidence[:, 0], sure[:, i])
-    return tokens, sure
+    return sweep(logits, known, masked, before, head, choose, first)
