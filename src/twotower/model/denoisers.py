@@ -58,7 +58,7 @@ def add_adapters(tower: Tower, config: TwoTowerConfig) -> None:
     if tower.spec.original_length is not None:
         raise ConfigError(
             "config: adapters are not supported with LongRoPE, whose rotary embedding depends on the length of "
-            "the text; make a denoiser tower: twotower init without --denoiser-lora"
+            "the text; make a denoiser tower: twotower init --denoiser tower"
         )
     tower.add_adapters(own.adapters.rank, config.mask_token)
     _add_draft_head(tower, config)
