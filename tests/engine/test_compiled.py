@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -88,6 +89,26 @@ def facts(event: Event) -> tuple[object, ...]:
     return *own, event.draft, event.logprobs, counts
 
 
+def assert_same(found: list[Event], expected: list[Event], requests: list[Request]) -> None:
+    """The same events of each row; confidences under relaxed acceptance within rounding."""
+    own, other = by_row(found), by_row(expected)
+    assert own.keys() == other.keys()
+    for row, request in enumerate(requests):
+        if request.params.acceptance < 1:
+            assert is_close(own[row], other[row]), row
+        else:
+            assert own[row] == other[row]
+
+
+def is_close(one: object, other: object) -> bool:
+    """Whether nested values are equal, and floats within 1e-5."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(is_close, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-5)
+    return one == other
+
+
 def by_row(events: list[Event]) -> dict[int, list[tuple[object, ...]]]:
     rows: dict[int, list[tuple[object, ...]]] = {}
     for event in events:
@@ -145,9 +166,9 @@ def test_mixed_batches_give_the_same_events(model: TwoTowerForCausalLM, dtype: t
             with compiled() as calls:
                 found = run(LLM(own, rows=rows, length=LENGTH), requests, seconds)
             totals.update(calls)
-            assert by_row(found) == by_row(expected)
-            if not seconds:
-                assert [facts(event) for event in found] == [facts(event) for event in expected]  # in the same order
+            assert_same(found, expected, requests)
+            if not seconds:  # in the same order
+                assert is_close([facts(event) for event in found], [facts(event) for event in expected])
     assert all(totals[name] > 2 for name in ("ar_steps", "read", "fill_blocks")), totals
 
 
@@ -157,12 +178,14 @@ def test_mixed_batches_give_the_same_events(model: TwoTowerForCausalLM, dtype: t
 def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, draft_rank: int | None) -> None:
     own = two_tower("nemotron_h", dtype, rank=3, draft_rank=draft_rank)
     own.tokenizer = Words()
-    drafted = passes = tokens = rounds = 0
+    drafted = passes = tokens = rounds = relaxed = 0
     for seed, rows in enumerate((1, 3, 8)):
-        same: dict[str, Any] = {"policy": "threshold", "policy_value": 0.05, "acceptance": 1.0}
+        same: dict[str, Any] = {"policy": "threshold", "policy_value": 0.05}
         requests = mixed(12, seed, **same)
-        long: dict[str, Any] = {"max_new_tokens": 24, "stop": None} | same
+        long: dict[str, Any] = {"max_new_tokens": 24, "stop": None, "acceptance": 1.0} | same
         requests += mixed(3, seed, mode="verified", draft_steps=1, block_size=6, **long)
+        requests += mixed(3, seed, mode="verified", draft_steps=1, block_size=6, temperature=0.0, **long)
+        requests += [Request(one.prompt, replace(one.params, acceptance=0.05)) for one in requests[-3:]]
         requests += mixed(3, seed, mode="diffusion", block_size=16, deterministic=not seed, **long)
         with compiled(on=False) as calls:
             expected = run(LLM(own, rows=rows, length=LENGTH), requests, 0.0)
@@ -170,14 +193,18 @@ def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, draft_ran
         for seconds in (0.0, BURST):
             with compiled() as calls:
                 found = run(LLM(own, rows=rows, length=LENGTH), requests, seconds)
-            assert by_row(found) == by_row(expected)
+            assert_same(found, expected, requests)
             assert calls["read"]
             rounds += calls["one_pass_rounds"]
-        results = [event.result for event in found if isinstance(event, BlockEvent) and event.result is not None]
+        ended = [event for event in found if isinstance(event, BlockEvent)]
+        texts = {event.row: event.result.tokens for event in ended if event.result is not None}
+        results = [event.result for event in ended if event.result is not None]
         drafted += sum(result.drafted for result in results)
         passes += sum(result.context_passes for result in results)
         tokens += sum(len(result.tokens) for result in results)
+        relaxed += sum(texts[row] != texts[row + 3] for row in range(15, 18))
     assert drafted
+    assert relaxed
     assert passes < tokens
     assert rounds
 
@@ -208,7 +235,7 @@ def test_other_blocks_give_the_same_events(choice: str, dtype: torch.dtype) -> N
     for seconds in (0.0, BURST):
         with compiled() as calls:
             found = run(LLM(own, rows=4, length=LENGTH), requests, seconds)
-        assert by_row(found) == by_row(expected)
+        assert_same(found, expected, requests)
         assert calls["read"]
         assert bool(calls["fill_blocks"]) == ("everywhere" not in choice)
 

@@ -85,7 +85,8 @@ class CompiledPasses:
         if lent is None:
             return None
         sampled = scheduled[0].sampled
-        rows = [RowTokens(entry.tokens, entry.masks, entry.sequence.keeps_draft) for entry in scheduled]
+        own = zip(scheduled, sequences, strict=True)
+        rows = [RowTokens(entry.tokens, entry.masks, s.keeps_draft, s.acceptance) for entry, s in own]
         started = time.perf_counter()
         chosen, sure, accepted = lent.own.read(rows, sampled)
         if sequences[0].one_pass:
@@ -330,10 +331,7 @@ def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
     return all(entry.sampled == sampled and not entry.wants_logprobs for entry in scheduled) and (
         not sampled
         or all(
-            s.rule.temperature <= 0
-            and s.matcher is None
-            and not s.changes_logits
-            and (s.acceptance >= 1 or s.keeps_draft)
+            s.rule.temperature <= 0 and s.matcher is None and not s.changes_logits
             for s in (entry.sequence for entry in scheduled)
         )
     )

@@ -240,7 +240,7 @@ def _choose(
     acceptance = at(constants.acceptance, read.slots) if relaxed or final else 1.0
     chosen, accepted = accept(tokens, own, logits, acceptance, most)
     if relaxed:  # an accepted token may differ from the AR model's choice
-        sure = confidence(logits, chosen)
+        sure = sure.where(chosen == own, confidence(logits, chosen))
     kept = before() + 1 + accepted
     state.rollback(kept if read.slots is None else state.lengths.index_copy(0, read.slots, kept))
     return chosen, sure, accepted

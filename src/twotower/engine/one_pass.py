@@ -81,6 +81,7 @@ def round_row(sequence: RunningSequence) -> RoundRow:
         passes=-1 if sequence.deterministic else sequence.output.blocks,
         slope=slope(sequence),
         least=sequence.policy_value,
+        acceptance=sequence.acceptance if verified else 1.0,
         planner=sequence.planner.state.buffer_info()[0] if verified else None,
     )
 

@@ -75,17 +75,21 @@ class RoundRow(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("size", "width", "room", "final", "tokens", "passes")),
-        *((name, ctypes.c_double) for name in ("slope", "least")),
+        *((name, ctypes.c_double) for name in ("slope", "least", "acceptance")),
         ("planner", ctypes.c_void_p),
     ]
 
 
 class RowTokens(NamedTuple):
-    """What a pass reads of a row: tokens, and masks after them. final: drafted tokens are kept whatever AR says."""
+    """What a pass reads of a row: tokens, and masks after them. final: drafted tokens are kept whatever AR says.
+
+    acceptance: below 1, drafted tokens with this share of the probability of AR's choice are kept too.
+    """
 
     tokens: Sequence[int]
     masks: int = 0
     final: bool = False
+    acceptance: float = 1.0
 
 
 class StateRows(NamedTuple):
@@ -269,10 +273,12 @@ class DecodePass:
         counts = [len(row.tokens) for row in rows_read]
         widths = [len(row.tokens) + row.masks for row in rows_read]
         tables = _integers(padded), _integers(counts), _integers(widths), _integers([row.final for row in rows_read])
+        least = (ctypes.c_float * rows)(*(row.acceptance for row in rows_read))
         chosen, confidence = torch.empty(rows, length, dtype=torch.long), torch.empty(rows, length)
         accepted = torch.empty(rows, dtype=torch.long)
+        given = [*map(ctypes.addressof, tables), ctypes.addressof(least)]
         results = (chosen, confidence, accepted) if sampled else (None, None, accepted)
-        call("read_drafts_", self._like, ctypes.addressof(self._decoder), *map(ctypes.addressof, tables), *results)
+        call("read_drafts_", self._like, ctypes.addressof(self._decoder), *given, *results)
         return chosen, confidence, accepted
 
     def one_pass_rounds(

@@ -59,14 +59,23 @@ void draw(const Decoder& d, T* logits, const int64_t* before, const int64_t* exc
     }
 }
 
+// The probability of each next token of `tokens`, divided by that of the most probable token, `chosen`; −1 if it has none.
+template <class T>
+void shares_of_next(const T* logits, const int64_t* tokens, const int64_t* chosen, long count, long V, float* shares) {
+    for (long t = 0; t + 1 < count; t++, logits += V) {
+        const float next = upcast(logits[tokens[t + 1]]);
+        shares[t] = next == -INFINITY ? -1.0f : std::exp(next - upcast(logits[chosen[t]]));
+    }
+}
+
 // One pass over `tokens` (rows, L) → the most probable token after each (or instead of each) and its confidence; chosen
 // null: neither. excluded: as in `argmax`, one for `each` positions. prefix (rows,): tokens before the first mask, which
-// attend causally; from there on adapters act. Null: neither. before: as in `draw`; null: no token is drawn again. The
-// other arguments are those of `tower`.
+// attend causally; from there on adapters act. Null: neither. before: as in `draw`; null: no token is drawn again.
+// shares: as in `shares_of_next`, or null. The other arguments are those of `tower`.
 template <class X, class T>
 void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, const int64_t* counts,
             const int64_t* prefix, const int64_t* excluded, long each, const int64_t* before, int causal, int64_t* chosen,
-            float* confidence, int threads) {
+            float* confidence, float* shares, int threads) {
     const PassOptions& s = *d.pass;
     const long count = s.rows * s.L, H = s.H, V = d.vocab;
     const auto of = [](const void* p) { return static_cast<const T*>(p); };
@@ -88,6 +97,7 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
                          s.int8_activations != 0};
     linear(hidden, head, of(d.head_bias), logits, count, H, V, threads);
     argmax(logits, excluded, chosen, confidence, count, each, V, threads);
+    if (shares) shares_of_next(logits, tokens, chosen, count, V, shares);
     if (before) draw(d, logits, before, excluded, each, chosen, confidence, threads);
 }
 
@@ -119,7 +129,8 @@ void ar_steps(const Decoder& d, const int64_t* tokens, long steps, const int64_t
     const std::vector<int64_t> ones(rows, 1);
     bool over = false;
     for (*done = 0; *done < steps && !over; tokens = chosen, chosen += rows, confidence += rows, ++*done) {
-        choose<X, T>(d, tokens, nullptr, ones.data(), nullptr, nullptr, 1, nullptr, 1, chosen, confidence, threads);
+        choose<X, T>(d, tokens, nullptr, ones.data(), nullptr, nullptr, 1, nullptr, 1, chosen, confidence, nullptr,
+                     threads);
         commit<T>(d, ones.data(), threads);
         over = !finite(confidence, rows);
         for (long b = 0; b < rows; b++)
@@ -139,10 +150,15 @@ inline const uint8_t* padding_mask(const PassOptions& s, const int64_t* counts, 
 // come before the masks, and the first widths[b] before the padding. The state keeps the accepted part, whose length
 // `accepted` (rows,) says without the pending token. chosen, confidence (rows, L): the AR model's choice after each
 // token, and that of adapters at masks. chosen null, or final[b]: the state keeps all tokens before the masks.
+// least[b] below 1: a drafted token with this share of the probability of AR's choice is accepted too, and is then the
+// choice (decoding/acceptance.py).
 template <class X, class T>
 void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts, const int64_t* widths,
-                 const int64_t* final, int64_t* chosen, float* confidence, int64_t* accepted, int threads) {
+                 const int64_t* final, const float* least, int64_t* chosen, float* confidence, int64_t* accepted,
+                 int threads) {
     const long rows = d.pass->rows, L = d.pass->L;
+    const bool relaxed = chosen && std::any_of(least, least + rows, [](float share) { return share < 1; });
+    std::vector<float> shares(relaxed ? rows * L : 0);
     std::vector<uint8_t> mask;
     std::vector<int64_t> kept(rows), excluded, before;
     const bool adapts = !std::equal(counts, counts + rows, widths);
@@ -154,11 +170,17 @@ void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts,
         }
     choose<X, T>(d, tokens, padding_mask(*d.pass, widths, mask), counts, adapts ? counts : nullptr,
                  adapts ? excluded.data() : nullptr, 1, adapts && d.previous ? before.data() : nullptr, 1, chosen,
-                 confidence, threads);
+                 confidence, relaxed ? shares.data() : nullptr, threads);
     for (long b = 0; b < rows; b++) {
-        const int64_t *read = tokens + b * L, *own = chosen ? chosen + b * L : nullptr;
+        const int64_t* read = tokens + b * L;
+        const auto accepts = [&](long at, int64_t drafted) {
+            if (!chosen || final[b] || drafted == chosen[at]) return true;
+            if (least[b] >= 1 || shares[at] < least[b]) return false;
+            chosen[at] = drafted, confidence[at] *= shares[at];
+            return true;
+        };
         long n = 0;
-        while (n + 1 < counts[b] && (!chosen || final[b] || read[n + 1] == own[n])) n++;
+        while (n + 1 < counts[b] && accepts(b * L + n, read[n + 1])) n++;
         accepted[b] = n, kept[b] = n + 1;
     }
     commit<T>(d, kept.data(), threads);
@@ -167,10 +189,10 @@ void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts,
 // A row of `one_pass_rounds`, as engine/one_pass.py has it: the most positions of a pass, those of the first pass, the new
 // tokens that may follow, and whether drafted tokens are final. They are drafted if their confidence is above `least`, and
 // a pass is as wide as `pass_width` says after so many new tokens and passes (passes −1: size). Others are drafted as
-// `planner` says, the state of a `DraftPlanner`; slope: of the cost of a pass.
+// `planner` says, the state of a `DraftPlanner`; slope: of the cost of a pass. acceptance: `least` of `read_drafts`.
 struct RoundRow {
     int64_t size, width, room, final, tokens, passes;
-    double slope, least;
+    double slope, least, acceptance;
     double* planner;
 };
 
@@ -230,11 +252,11 @@ void one_pass_rounds(const Decoder& d, const RoundRow* given, const int64_t* tok
     const long B = d.pass->rows, L = d.pass->L;
     std::vector<std::vector<int64_t>> block(B);
     std::vector<int64_t> read(B * L), own(B * L), kept(B), widths(B), final(B), planned(B);
-    std::vector<float> sure(B * L);
+    std::vector<float> sure(B * L), acceptance(B);
     std::vector<RoundRow> rows(given, given + B);
     for (long b = 0; b < B; b++) {
         block[b].assign(tokens + b * L, tokens + b * L + counts[b]);
-        final[b] = rows[b].final, planned[b] = rows[b].width;
+        final[b] = rows[b].final, planned[b] = rows[b].width, acceptance[b] = float(rows[b].acceptance);
     }
     bool over = false;
     for (*done = 0; *done < most && !over; chosen += B * L, confidence += B * L, accepted += B, plans += 2 * B, ++*done) {
@@ -249,8 +271,8 @@ void one_pass_rounds(const Decoder& d, const RoundRow* given, const int64_t* tok
             std::fill(to, read.begin() + b * length + widths[b], d.mask_token);
         }
         const Narrower pass(d, length);
-        read_drafts<X, T>(pass.decoder, read.data(), kept.data(), widths.data(), final.data(), own.data(), sure.data(),
-                          accepted, threads);
+        read_drafts<X, T>(pass.decoder, read.data(), kept.data(), widths.data(), final.data(), acceptance.data(),
+                          own.data(), sure.data(), accepted, threads);
         for (long b = 0; b < B; b++) {
             std::copy_n(own.data() + b * length, length, chosen + b * L);
             std::copy_n(sure.data() + b * length, length, confidence + b * L);
@@ -295,7 +317,8 @@ void fill_blocks(const Decoder& d, const Blocks& blocks, const BlockRow* rows, l
                             static_cast<T*>(modulation) + b * each);
         }
         choose<X, T>(d, tokens.data(), token_mask, nullptr, blocks.prefix_causal ? prefix.data() : nullptr,
-                     excluded.data(), s.L, d.previous ? before.data() : nullptr, 0, chosen.data(), sure.data(), threads);
+                     excluded.data(), s.L, d.previous ? before.data() : nullptr, 0, chosen.data(), sure.data(), nullptr,
+                     threads);
         for (long b = 0; b < s.rows; b++) {
             const long slot = d.slot(b), at = slot * blocks.size, from = b * s.L;
             finished |= !commit_block(chosen.data() + from, sure.data() + from, rows[b], blocks.shift,

@@ -57,7 +57,7 @@ SIGNATURES = {
     "argmax_": "ipppplll",
     "tower_": "ippp" + "pppppppl" + "pppppppp" + "i",
     "ar_steps_": "ipplppppp",
-    "read_drafts_": "ipppppppp",
+    "read_drafts_": "ippppppppp",
     "one_pass_rounds_": "ippppl" + "ppppppp",
     "fill_blocks_": "ippplpp",
     "attention_": "ipppppi" + "pppppp" + "lllll" + "ffl",

@@ -141,8 +141,9 @@ void ar_steps_(int type, const Decoder* d, const int64_t* tokens, long steps, co
 }
 
 void read_drafts_(int type, const Decoder* d, const int64_t* tokens, const int64_t* counts, const int64_t* widths,
-                  const int64_t* final, int64_t* chosen, float* confidence, int64_t* accepted, int threads) {
-    DECODE(read_drafts, tokens, counts, widths, final, chosen, confidence, accepted)
+                  const int64_t* final, const float* least, int64_t* chosen, float* confidence, int64_t* accepted,
+                  int threads) {
+    DECODE(read_drafts, tokens, counts, widths, final, least, chosen, confidence, accepted)
 }
 
 void one_pass_rounds_(int type, const Decoder* d, const RoundRow* rows, const int64_t* tokens, const int64_t* counts,
