@@ -95,7 +95,7 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
     T* logits = own ? own.get() : reinterpret_cast<T*>(scratch(18, count * V));
     const Matrix<T> head{of(d.head), d.head_packed, static_cast<const float*>(d.head_scale),
                          s.int8_activations != 0};
-    linear(hidden, head, of(d.head_bias), logits, count, H, V, threads);
+    linear(hidden, head, of(d.head_bias), logits, real_tokens(s, token_mask), H, V, threads);
     argmax(logits, excluded, chosen, confidence, count, each, V, threads);
     if (shares) shares_of_next(logits, tokens, chosen, count, V, shares);
     if (before) draw(d, logits, before, excluded, each, chosen, confidence, threads);

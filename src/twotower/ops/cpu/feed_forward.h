@@ -50,8 +50,8 @@ inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const Tokens& 
         };
         matmul(w.up, w.up_bias, at, end, x, M, K, w.width, into(ups));
         if (w.gated()) matmul(w.gate, w.gate_bias, at, end, x, M, K, w.width, into(gates));
-        if (w.up_adapter) w.up_adapter.expand(low_up, w.up, at, end, w.width, ups, ld, from);
-        if (w.gate_adapter) w.gate_adapter.expand(low_gate, w.gate, at, end, w.width, gates, ld, from);
+        if (w.up_adapter) w.up_adapter.expand(low_up, w.up, at, end, w.width, M, ups, ld, from);
+        if (w.gate_adapter) w.gate_adapter.expand(low_gate, w.gate, at, end, w.width, M, gates, ld, from);
         for (long m = 0; m < M; m++) {
             const float *up = ups + m * ld, *gate = gates + m * ld;
             for (long i = 0; i < count; i += W) {
@@ -79,10 +79,11 @@ inline void round_inner(const Tokens& inner, long M, long K, int part, int parts
 }
 
 template <class T>
-void mlp(const T* x, const FeedForward<T>& weights, T* y, long tokens, long H, int threads) {
+void mlp(const T* x, const FeedForward<T>& weights, T* y, RealTokens real, long H, int threads) {
     const FeedForward<T> w = weights.aligned();
-    const long I = w.width;
-    const Tokens in = tokens_of(x, tokens, H, w.forms(), threads);
+    const long I = w.width, tokens = real.count;
+    real.clear_padding(y, H);
+    const Tokens in = tokens_of(x, real, H, w.forms(), threads);
     const Tokens inner = new_tokens(1, 6, tokens, I, w.inner_forms());
     for (long m = 0; m < tokens; m++) inner.end_row(m, I);
     const Adapter<T>&a = w.up_adapter, &b = w.gate_adapter, &c = w.down_adapter;
@@ -101,24 +102,26 @@ void mlp(const T* x, const FeedForward<T>& weights, T* y, long tokens, long H, i
         }
         own = partition(w.down.units(H), part, parts, w.down.packed ? 1 : 16);
         matmul(w.down, w.down_bias, own.lo, own.hi, inner, tokens, I, H,
-               [&](long n, long m, auto v, long left) { put(y + m * H + n, v, left); });
-        if (c) c.expand(low, w.down, own.lo, own.hi, H, y, H);
+               [&](long n, long m, auto v, long left) { put(y + real[m] * H + n, v, left); });
+        if (c) c.expand(low, w.down, own.lo, own.hi, H, real, y, H);
     });
 }
 
-// Mixture of experts: y[t] = Σ_j weight[t, j] · (expert topk_ids[t, j] of x[t]). Reads each selected expert's weights
-// once.
+// Mixture of experts: y[t] = Σ_j weight[t, j] · (expert topk_ids[t, j] of x[t]). Reads the weights of each expert that a
+// real token selects once.
 template <class T>
-void experts(const T* x, const int64_t* topk_ids, const float* weight, const FeedForward<T>& weights, T* y, long tokens,
-             long top, long E, long H, int threads) {
+void experts(const T* x, const int64_t* topk_ids, const float* weight, const FeedForward<T>& weights, T* y,
+             RealTokens real, long top, long E, long H, int threads) {
     const FeedForward<T> w = weights.aligned();
-    const long pairs = tokens * top, I = w.width;
+    const long tokens = real.count, pairs = tokens * top, I = w.width;
+    const auto expert = [&](long pair) { return topk_ids[real[pair / top] * top + pair % top]; };
+    real.clear_padding(y, H);
     // Pairs grouped by expert; `place` is the position of each pair.
     static thread_local std::vector<long> start, place, list;
     start.assign(E + 1, 0);
     place.resize(pairs);
     list.clear();
-    for (long p = 0; p < pairs; p++) start[topk_ids[p] + 1]++;
+    for (long p = 0; p < pairs; p++) start[expert(p) + 1]++;
     for (long e = 0; e < E; e++) {
         if (start[e + 1]) list.push_back(e);
         start[e + 1] += start[e];
@@ -128,8 +131,8 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, const Fee
     {
         std::vector<long> next(start.begin(), start.end() - 1);
         for (long p = 0; p < pairs; p++) {
-            place[p] = next[topk_ids[p]]++;
-            gathered.set_row(place[p], x + p / top * H, H);
+            place[p] = next[expert(p)]++;
+            gathered.set_row(place[p], x + real[p / top] * H, H);
             inner.end_row(p, I);
         }
     }
@@ -160,11 +163,12 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, const Fee
         });
         barrier(parts);
         Range own = partition(tokens, part, parts);
-        for (long t = own.lo; t < own.hi; t++)
+        for (long i = own.lo; i < own.hi; i++)
             for (long h = 0; h < H; h++) {
+                const float* by = weight + real[i] * top;
                 float total = 0;
-                for (long j = 0; j < top; j++) total += weight[t * top + j] * parts_out[places[t * top + j] * H + h];
-                put(y + t * H + h, total);
+                for (long j = 0; j < top; j++) total += by[j] * parts_out[places[i * top + j] * H + h];
+                put(y + real[i] * H + h, total);
             }
     });
 }

@@ -100,7 +100,8 @@ template <class T> struct Pass {
     const int64_t *counts, *slots, *prefix;
     int causal, threads;
     TokenList adapted;
-    long rank, tokens, representative;  // index of a token that is not padding, if there is one
+    long rank, tokens;
+    RealTokens real;
     T *first, *second;            // buffers of `widest` values a token
     T* own_keys;                  // buffer of the keys and values of a layer that the caller does not want
     int64_t* topk_ids;
@@ -110,7 +111,7 @@ template <class T> struct Pass {
         return {w.matrix(place), w(place + 1), y, N, adapter(w, place)};
     }
     void project(const T* x, const LayerWeights<T>& w, int place, T* y, long K, long N) const {
-        linears(x, {product(w, place, y, N)}, tokens, K, threads);
+        linears(x, {product(w, place, y, N)}, real, K, threads);
     }
     Adapter<T> adapter(const LayerWeights<T>& w, int place) const {
         if (!adapted.count || !rank || !w.adapters.a[place]) return {};
@@ -131,7 +132,7 @@ template <class T> struct Pass {
         if (!k) k = own_keys, v = own_keys + tokens * narrow;
         T *past_k = in.at<T>(PAST_K), *past_v = in.at<T>(PAST_V);
         const KVLayout at{in.at<int64_t>(START), in.at<int64_t>(STRIDE), in.at<int64_t>(LENGTHS)};
-        linears(x, {product(w, Q_PROJ, q, wide), product(w, K_PROJ, k, narrow), product(w, V_PROJ, v, narrow)}, tokens,
+        linears(x, {product(w, Q_PROJ, q, wide), product(w, K_PROJ, k, narrow), product(w, V_PROJ, v, narrow)}, real,
                 s.H, threads);
         if (o.qk_norm == WIDTH_NORM) {
             norm(q, w(Q_NORM), q, tokens, wide);
@@ -180,22 +181,20 @@ template <class T> struct Pass {
     }
 
     void mlp_mixer(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
-        mlp(x, feed_forward(w, GATE, UP, DOWN, o.width, int(o.activation), o.gate_factor), out, tokens, s.H, threads);
+        mlp(x, feed_forward(w, GATE, UP, DOWN, o.width, int(o.activation), o.gate_factor), out, real, s.H, threads);
     }
 
     void moe_mixer(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
         const Router rule{o.experts, o.groups, o.kept, o.top, int(o.normalise), int(o.scores), o.expert_factor};
         route(x, w(ROUTER), w.wide(ROUTER_BIAS), topk_ids, topk_weights, tokens, s.H, rule, threads);
-        for (long t = 0; token_mask && t < tokens; t++)  // padding loads no extra weights
-            if (!token_mask[t]) std::copy_n(topk_ids + representative * o.top, o.top, topk_ids + t * o.top);
         const FeedForward<T> routed{w.matrix(EXPERT_GATE), w.matrix(EXPERT_UP), w.matrix(EXPERT_DOWN), nullptr, nullptr,
                                     nullptr, o.width, int(o.activation), o.gate_factor};
         if (o.latent) {
             project(x, w, LATENT_IN, first, s.H, o.latent);
-            experts(first, topk_ids, topk_weights, routed, second, tokens, o.top, o.experts, o.latent, threads);
+            experts(first, topk_ids, topk_weights, routed, second, real, o.top, o.experts, o.latent, threads);
             project(second, w, LATENT_OUT, out, o.latent, s.H);
         } else {
-            experts(x, topk_ids, topk_weights, routed, out, tokens, o.top, o.experts, s.H, threads);
+            experts(x, topk_ids, topk_weights, routed, out, real, o.top, o.experts, s.H, threads);
         }
         if (o.shared_width) shared_expert(x, w, o, out);
     }
@@ -204,10 +203,10 @@ template <class T> struct Pass {
     void shared_expert(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
         const FeedForward<T> shared = feed_forward(w, SHARED_GATE, SHARED_UP, SHARED_DOWN, o.shared_width,
                                                    int(o.shared_activation), o.shared_gate_factor);
-        mlp(x, shared, second, tokens, s.H, threads);
+        mlp(x, shared, second, real, s.H, threads);
         const Matrix<T> scale = w.matrix(SHARED_SCALE);
         const bool scaled = scale.rows || scale.packed;
-        if (scaled) linear(x, scale, (const T*)nullptr, first, tokens, s.H, 1, threads);
+        if (scaled) linear(x, scale, (const T*)nullptr, first, real, s.H, 1, threads);
         for (long t = 0; t < tokens; t++) {
             T by = {};
             if (scaled) put(&by, 1.0f / (1.0f + std::exp(-upcast(first[t]))));

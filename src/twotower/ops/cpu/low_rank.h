@@ -1,7 +1,7 @@
 // Low-rank updates of products: y += b·(a·x) at some tokens of a pass (model/adapters.py).
 #pragma once
 
-// The tokens at which adapters act, in order: `count` numbers of tokens of a pass.
+// The tokens at which adapters act, in order: `count` numbers of real tokens of a pass.
 struct TokenList {
     const long* list = nullptr;
     long count = 0;
@@ -56,13 +56,15 @@ template <class T> struct Adapter {
         if (!w.packed) own.b.packed = nullptr;
         return own;
     }
-    // Adds b·low to y (tokens, ld), whose first column is output `first`, for units lo…hi of w. Y: float or T.
+    // Adds b·low to y, whose first column is output `first`, for units lo…hi of w. Y: float or T. rows: where y has the
+    // real tokens.
     template <class Y>
-    void expand(const Tokens& low, const Matrix<T>& w, long lo, long hi, long N, Y* y, long ld, long first = 0) const {
+    void expand(const Tokens& low, const Matrix<T>& w, long lo, long hi, long N, RealTokens rows, Y* y, long ld,
+                long first = 0) const {
         const long unit = w.packed && !b.packed ? PANEL : 1;
         hi = std::min(hi * unit, b.units(N));
         matmul(b, (const T*)nullptr, lo * unit, hi, low, places.count, rank, N, [&](long n, long m, auto v, long count) {
-            Y* to = y + places.list[m] * ld + n - first;
+            Y* to = y + rows[places.list[m]] * ld + n - first;
             const auto before = rounded_value<T>(load<decltype(v)>(to, count));
             put(to, rounded_value<T>(before + rounded_value<T>(v)), count);
         });

@@ -135,7 +135,7 @@ inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const Tokens& i
 
 #include "low_rank.h"
 
-// One of several products of the same tokens: y (tokens, N) = x·Wᵀ + bias, plus the update of an adapter.
+// One of several products of the same tokens: y (tokens, N) = x·Wᵀ + bias, plus the update of an adapter; 0 for padding.
 template <class T> struct Product {
     Matrix<T> w;
     const T* bias;  // or null
@@ -144,13 +144,17 @@ template <class T> struct Product {
     Adapter<T> adapter = {};
 };
 
-// Products of x (M, K) as one parallel job, because each start of the threads takes microseconds.
+// Products of x (tokens, K) as one parallel job, because each start of the threads takes microseconds.
 template <class T, int COUNT>
-void linears(const T* x, const Product<T> (&products)[COUNT], long M, long K, int threads) {
+void linears(const T* x, const Product<T> (&products)[COUNT], RealTokens real, long K, int threads) {
+    const long M = real.count;
     long outputs = 0;
     int forms = 0;
-    for (const Product<T>& p : products) outputs += p.N, forms |= p.w.form() | p.adapter.forms();
-    const Tokens in = tokens_of(x, M, K, forms, threads);
+    for (const Product<T>& p : products) {
+        outputs += p.N, forms |= p.w.form() | p.adapter.forms();
+        real.clear_padding(p.y, p.N);
+    }
+    const Tokens in = tokens_of(x, real, K, forms, threads);
     Tokens low[COUNT];
     Tokens adapted;
     for (int i = 0; i < COUNT; i++)
@@ -165,12 +169,13 @@ void linears(const T* x, const Product<T> (&products)[COUNT], long M, long K, in
             const Product<T>& p = products[i];
             const Range own = partition(p.w.units(p.N), part, parts, p.w.packed ? 1 : 16);
             matmul(p.w, p.bias, own.lo, own.hi, in, M, K, p.N,
-                   [&](long n, long m, auto v, long count) { put(p.y + m * p.N + n, v, count); });
-            if (p.adapter) p.adapter.with(p.w).expand(low[i], p.w, own.lo, own.hi, p.N, p.y, p.N);
+                   [&](long n, long m, auto v, long count) { put(p.y + real[m] * p.N + n, v, count); });
+            if (p.adapter) p.adapter.with(p.w).expand(low[i], p.w, own.lo, own.hi, p.N, real, p.y, p.N);
         }
     });
 }
 
-template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
-    linears(x, {{w, bias, y, N}}, M, K, threads);
+template <class T>
+void linear(const T* x, Matrix<T> w, const T* bias, T* y, RealTokens real, long K, long N, int threads) {
+    linears(x, {{w, bias, y, N}}, real, K, threads);
 }

@@ -54,10 +54,26 @@ inline Tokens new_tokens(int which, int for_rounded, long M, long K, int forms) 
             forms & ROUNDED ? room_for_tokens(M, K, for_rounded) : RoundedTokens{}};
 }
 
-// Tokens x (M, K) in buffers 0 and 5.
-template <class T> inline Tokens tokens_of(const T* x, long M, long K, int forms, int threads) {
+// The tokens of a pass that are not padding, in order: products compute these `count` of its `all` rows. list null: all.
+struct RealTokens {
+    long count, all;
+    const long* list = nullptr;
+    RealTokens(long all) : count(all), all(all) {}
+    RealTokens(const std::vector<long>& real, long all) : count(long(real.size())), all(all), list(real.data()) {}
+    long operator[](long i) const { return list ? list[i] : i; }
+    // Sets the rows of padding in y (all, N) to 0.
+    template <class T> void clear_padding(T* y, long N) const {
+        for (long t = 0, i = 0; list && t < all; t++)
+            if (i < count && list[i] == t) i++;
+            else std::fill_n(y + t * N, N, T{});
+    }
+};
+
+// The real tokens of x (all, K) in buffers 0 and 5.
+template <class T> inline Tokens tokens_of(const T* x, RealTokens real, long K, int forms, int threads) {
+    const long M = real.count;
     const Tokens to = new_tokens(0, 5, M, K, forms);
-    for (long m = 0; m < M; m++) to.set_row(m, x + m * K, K);
+    for (long m = 0; m < M; m++) to.set_row(m, x + real[m] * K, K);
     if (to.rounded)
         parallel(threads, M * K > MIN_PARALLEL_ROUNDING,
                  [&](int part, int parts) { to.round(partition(M, part, parts), K); });

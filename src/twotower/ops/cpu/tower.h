@@ -11,12 +11,22 @@ struct Tables {
     long rank;  // of adapters
 };
 
-// The tokens from the first mask of each row on, at which adapters act. prefix null: none.
-inline TokenList adapted_places(const PassOptions& s, const int64_t* prefix) {
+// The tokens that token_mask marks; null: all.
+inline RealTokens real_tokens(const PassOptions& s, const uint8_t* token_mask) {
     static thread_local std::vector<long> list;
     list.clear();
-    for (long row = 0; prefix && row < s.rows; row++)
-        for (long t = std::min(long(prefix[row]), long(s.L)); t < s.L; t++) list.push_back(row * s.L + t);
+    for (long t = 0; token_mask && t < s.rows * s.L; t++)
+        if (token_mask[t]) list.push_back(t);
+    if (!token_mask) return {s.rows * s.L};
+    return {list, s.rows * s.L};
+}
+
+// The tokens from the first mask of each row on, at which adapters act. prefix null: none.
+inline TokenList adapted_places(const PassOptions& s, RealTokens real, const int64_t* prefix) {
+    static thread_local std::vector<long> list;
+    list.clear();
+    for (long i = 0; prefix && i < real.count; i++)
+        if (real[i] % s.L >= prefix[real[i] / s.L]) list.push_back(i);
     return {list.data(), long(list.size())};
 }
 
@@ -59,12 +69,11 @@ template <class T>
 Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* token_mask, const int64_t* counts,
                  const int64_t* slots, const int64_t* prefix, int causal, int threads) {
     const long tokens = s.rows * s.L, width = widest(s, tables.options);
-    long top = 1, representative = 0;
+    const RealTokens real = real_tokens(s, token_mask);
+    long top = 1;
     for (long i = 0; i < s.layers; i++) top = std::max(top, tables.options[i].top);
-    while (token_mask && representative < tokens - 1 && !token_mask[representative]) representative++;
-    if (token_mask && !token_mask[representative]) representative = 0;
-    return {s, tables.ropes, token_mask, counts, slots, prefix, causal, threads, adapted_places(s, prefix), tables.rank,
-            tokens, representative,
+    return {s, tables.ropes, token_mask, counts, slots, prefix, causal, threads, adapted_places(s, real, prefix),
+            tables.rank, tokens, real,
             reinterpret_cast<T*>(scratch(10, tokens * width)), reinterpret_cast<T*>(scratch(11, tokens * width)),
             reinterpret_cast<T*>(scratch(15, 2 * tokens * s.kv_heads * s.head_dim)),
             reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * top)), scratch(13, tokens * top)};
