@@ -300,7 +300,7 @@ def test_losses_of_earlier_batches_do_not_count() -> None:
     controller, seconds = DraftController(), []
     for text in range(20):
         taken, made = 0.0, 0
-        controller.begin_batch()
+        controller.begin(together=1)
         while made < 30:
             passes = controller.choose_depth()
             taken += cost[passes]

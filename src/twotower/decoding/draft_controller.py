@@ -11,6 +11,7 @@ sequence: the AR model's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from twotower.decoding.draft_planner import PassCosts
@@ -21,6 +22,7 @@ SAVED_STEPS = 8.0  # of earlier gains, at most this many AR steps count as credi
 RETRY_ROUNDS, MAX_BACKOFF = 32, 3  # rounds until a retry of another depth; doubled after each failure, so often at most
 INITIAL_RATE, INITIAL_MULTIPLIERS = 4.0, {1: 1.0, 2: 1.2, 4: 1.4}  # these estimates count as PRIOR_ROUNDS rounds
 PRIOR_ROUNDS = 4
+AR_STEPS = 4  # at most, in one call, before a depth is chosen again: single ones would look slower than they are
 FAST_WEIGHT, SLOW_WEIGHT = 0.08, 0.03  # least weights of a new value in the moving averages
 
 
@@ -56,10 +58,11 @@ class DraftController:
 
     The loss is the time by which rounds were slower than AR steps would have been. Drafts are tried only while the loss
     is below a few AR steps and a small share of AR time, so the loss by drafting is bounded. A few AR steps of earlier
-    gains count as credit, because rounds vary much even where drafting pays. A batch does not pay for losses of batches
-    before it.
+    gains count as credit, because rounds vary much even where drafting pays. A request does not pay for the losses of
+    requests that ended before it.
 
-    fixed_depth: this depth in every round (None: adaptive). costs: of passes by width; for models with adapters.
+    fixed_depth: this depth in every round (None: adaptive). stats: of the depths to choose from. costs: of passes by
+    width; for models with adapters. group: the controllers of the same requests, with other numbers of rows.
     """
 
     fixed_depth: int | None = None
@@ -70,10 +73,15 @@ class DraftController:
     longest: float = 0.0  # the longest accepted draft, decaying
     rounds: int = 0
     costs: PassCosts = field(default_factory=PassCosts)
+    group: DraftControllers | None = None
 
-    def begin_batch(self) -> DraftController:
-        """Forgets the loss, but not the gain, of earlier batches."""
-        self.loss = min(self.loss, 0.0)
+    def of_rows(self, rows: int) -> DraftController:
+        """The controller for so many sequences that run together: a pass over more rows has another cost."""
+        return self if self.group is None else self.group.of_rows(rows)
+
+    def begin(self, together: int) -> DraftController:
+        """Begins a request. Forgets its share of the loss, but not of the gain. together: requests in a batch."""
+        self.loss -= max(self.loss, 0.0) / together
         return self
 
     def choose_depth(self) -> int:
@@ -130,8 +138,26 @@ class DraftController:
             self.multipliers[depth] += weight * (tokens / self.rate - self.multipliers[depth])
         weight = max(FAST_WEIGHT, 1 / (self.drafts + PRIOR_ROUNDS))
         self.rate += weight * (tokens / self.multipliers[depth] - self.rate)
-        for k, multiplier in self.multipliers.items():
-            self.stats[k].tokens = self.rate * multiplier
+        for k, stats in self.stats.items():
+            stats.tokens = self.rate * self.multipliers[k] if k else 1.0
+
+
+@dataclass
+class DraftControllers:
+    """The controllers of similar requests, by the number of sequences that run together.
+
+    depths: see `DraftController.stats`.
+    """
+
+    depths: Sequence[int] = DEPTHS
+    by_rows: dict[int, DraftController] = field(default_factory=dict)
+
+    def of_rows(self, rows: int) -> DraftController:
+        """The controller for so many sequences; shared within a factor of 2."""
+        key = round_up_to_power_of_two(rows)
+        if key not in self.by_rows:
+            self.by_rows[key] = DraftController(stats={depth: DepthStats() for depth in self.depths}, group=self)
+        return self.by_rows[key]
 
 
 def round_up_to_power_of_two(rows: int) -> int:

@@ -85,8 +85,9 @@ class Admitter:
         output = SequenceOutput.of(number, params, len(request.prompt), self.model.tokenizer, reason)
         name, own = denoiser_name(self.model, request.params), model_for(self.model, request.params)
         self.models[name] = own
-        controller = own.workspace.draft_controller(request.params, together, len(request.prompt))
-        return RunningSequence.of(request, output, slot, controller, block_rule(own), name)
+        rule = block_rule(own)
+        controller = own.workspace.draft_controller(request.params, together, len(request.prompt), rule.one_pass)
+        return RunningSequence.of(request, output, slot, controller, rule, name)
 
     def _prepare_slots(self, sequences: Sequence[RunningSequence]) -> None:
         for constants in self.constants:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from twotower.cache.hybrid_cache import TowerState
+from twotower.decoding.draft_controller import AR_STEPS
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.unmasking import POLICIES, span, threshold
 from twotower.engine import context_step, one_pass
+from twotower.engine.burst_records import record_rounds, record_steps
 from twotower.engine.context_step import PendingContext
 from twotower.engine.denoiser_step import OpenBlocks, PendingDenoise
 from twotower.engine.modulations import Modulations
@@ -89,8 +91,8 @@ class CompiledPasses:
         rows = [RowTokens(entry.tokens, entry.masks, s.keeps_draft, s.acceptance) for entry, s in own]
         started = time.perf_counter()
         chosen, sure, accepted = lent.own.read(rows, sampled)
-        if sequences[0].one_pass:
-            self._time("round", sequences, started, 1, length)
+        if sequences[0].one_pass and not any(sequence.phase is Phase.PROMPT for sequence in sequences):
+            self._time("round", sequences, started, 1, _mean_width(scheduled))
         self._note_appended(sequences, (accepted + 1).tolist(), length)
         lent.runner.keep(lent.own)
         for entry in scheduled:
@@ -111,7 +113,7 @@ class CompiledPasses:
         self._time("step", sequences, started, len(chosen), width=1)
         self._note_appended(sequences, [len(chosen)] * len(sequences), len(chosen))
         lent.runner.keep(lent.own)
-        return partial(_record_steps, scheduled, chosen, sure)
+        return partial(record_steps, scheduled, chosen, sure)
 
     def _launch_rounds(
         self, model: TwoTowerModel, scheduled: Sequence[ScheduledTokens], length: int, most: int
@@ -126,12 +128,12 @@ class CompiledPasses:
         started = time.perf_counter()
         ends = [tuple(s.output.progress.eos) for s in sequences]
         chosen, sure, accepted, plans = lent.own.one_pass_rounds(rows, [s.block for s in sequences], ends, most)
-        widths = [max(entry.width for entry in scheduled), *plans[:-1, :, 1].amax(1).tolist()]
+        widths = [_mean_width(scheduled), *plans[:-1, :, 1].double().mean(1).tolist()]
         self._time("round", sequences, started, len(widths), sum(widths) / len(widths))
         appended = torch.tensor(lent.own.lengths) - torch.tensor([s.read for s in sequences])
         self._note_appended(sequences, appended.tolist(), int(appended.max()))
         lent.runner.keep(lent.own)
-        return partial(_record_rounds, scheduled, *(part.tolist() for part in (chosen, sure, accepted, plans)))
+        return partial(record_rounds, scheduled, *(part.tolist() for part in (chosen, sure, accepted, plans)))
 
     def _most_rounds(self, scheduled: Sequence[ScheduledTokens]) -> int:
         """Rounds of a model with adapters until the engine may be needed; 1 for other passes."""
@@ -144,9 +146,10 @@ class CompiledPasses:
 
     def _most_steps(self, sequences: Sequence[RunningSequence]) -> int:
         """AR steps until a row ends or the engine may be needed."""
-        if not self._undisturbed(sequences) or any(sequence.mode != "ar" for sequence in sequences):
+        if not self._undisturbed(sequences):
             return 1
-        return self._most_in_room("step", sequences, MOST_STEPS_BEFORE_STOP)
+        most = self._most_in_room("step", sequences, MOST_STEPS_BEFORE_STOP)
+        return min(most, AR_STEPS) if any(s.mode == "verified" for s in sequences) else most
 
     # --- the denoiser ---------------------------------------------------------------------------------------------
 
@@ -270,61 +273,6 @@ class CompiledPasses:
             one_pass.note_cost(sequences, width, seconds)
 
 
-def _record_steps(
-    scheduled: Sequence[ScheduledTokens], chosen: Sequence[Sequence[int]], sure: Sequence[Sequence[float]]
-) -> list[BlockEvent]:
-    """Records AR steps, each with the rows that have not ended before."""
-    events: list[BlockEvent] = []
-    for tokens, confidence in zip(chosen, sure, strict=True):
-        live = [place for place, entry in enumerate(scheduled) if entry.sequence.output.running]
-        own = [scheduled[place] for place in live]
-        for entry in own:
-            entry.sequence.read += 1
-            entry.sequence.output.context_passes += 1
-        choice = [[tokens[place]] for place in live], [[confidence[place]] for place in live], [0] * len(live)
-        events += context_step.record_tokens(own, choice, {})
-    return events
-
-
-def _record_rounds(
-    scheduled: Sequence[ScheduledTokens],
-    chosen: Sequence[list[list[int]]],
-    sure: Sequence[list[list[float]]],
-    accepted: Sequence[list[int]],
-    plans: Sequence[list[list[int]]],
-) -> list[BlockEvent]:
-    """Records rounds of a model with adapters, each with the rows that have not ended before.
-
-    The engine begins the round after the last one.
-    """
-    events: list[BlockEvent] = []
-    for s in [entry.sequence for entry in scheduled]:
-        s.seconds /= len(accepted)
-    for number, round_ in enumerate(zip(chosen, sure, accepted, plans, strict=True), 1):
-        live = [place for place, entry in enumerate(scheduled) if entry.sequence.output.running]
-        sequences = [scheduled[place].sequence for place in live]
-        tokens, confidence, kept, planned = round_
-        entries = [
-            ScheduledTokens(s, s.block, sampled=True, masks=s.masks, plan=(planned[i][0], planned[i][1]))
-            for i, s in zip(live, sequences, strict=True)
-        ]
-        for entry in entries:
-            entry.sequence.read += len(entry.tokens)
-            entry.sequence.output.context_passes += 1
-        choice = [tokens[i] for i in live], [confidence[i] for i in live], [kept[i] for i in live]
-        own = context_step.record_tokens(entries, choice, {})
-        events += own
-        for s, event in zip(sequences, own, strict=True):
-            if number == len(accepted) or event.result is not None:
-                continue
-            if s.mode == "verified":
-                s.controller.record(s.max_passes, len(event.tokens), s.accepted, s.seconds)
-            seconds = s.seconds
-            one_pass.begin(s, s.output.room, draft_passes=1)
-            s.seconds = seconds
-    return events
-
-
 def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
     """Whether the results of these entries are a choice of the most probable tokens, or nothing."""
     sampled = scheduled[0].sampled
@@ -335,6 +283,11 @@ def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
             for s in (entry.sequence for entry in scheduled)
         )
     )
+
+
+def _mean_width(scheduled: Sequence[ScheduledTokens]) -> float:
+    """The mean number of tokens of a row; compiled passes compute no padding."""
+    return sum(entry.width for entry in scheduled) / len(scheduled)
 
 
 def _is_own(model: TwoTowerModel, name: str) -> bool:

@@ -33,7 +33,7 @@ from twotower.engine.denoiser_step import OpenBlocks
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.oom import out_of_memory, split_on_oom
 from twotower.engine.recovery import Recovery
-from twotower.engine.rounds import Rounds
+from twotower.engine.rounds import Rounds, record_round
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import Item, ScheduledTokens, denoiser_of, passes
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
@@ -217,12 +217,8 @@ class EngineCore:
 
     def _after_reading(self, scheduled: Sequence[ScheduledTokens], events: Sequence[BlockEvent]) -> list[BlockEvent]:
         """Begins the next rounds of the sequences of a pass → last events of requests without new tokens."""
-        verified = [entry.sequence for entry in scheduled if entry.sampled and entry.sequence.mode == "verified"]
-        if verified:
-            brought = {event.row: len(event.tokens) for event in events}
-            for sequence in verified:
-                tokens = brought[sequence.output.row]
-                sequence.controller.record(sequence.max_passes, tokens, sequence.accepted, sequence.seconds)
+        if not any(entry.sequence.phase is Phase.PROMPT for entry in scheduled):  # else the time is that of prompts
+            record_round([entry.sequence for entry in scheduled], events)
         ready, read = [], []
         for sequence in [entry.sequence for entry in scheduled]:
             if sequence.phase is not Phase.PROMPT:

@@ -31,6 +31,23 @@ def can_run_in_lockstep(one: GenerationParams, other: GenerationParams) -> bool:
     return sizes[0] == sizes[1] and one.mode != AUTO and one.denoiser == other.denoiser
 
 
+def record_round(sequences: Sequence[RunningSequence], events: Sequence[BlockEvent]) -> None:
+    """Tells the controllers of verified decoding what a pass has brought: the means of the sequences that share one.
+
+    AR steps do not count in a pass that checks drafts too, because most of its time is for these.
+    """
+    groups: dict[tuple[int, int], list[tuple[RunningSequence, int]]] = {}
+    brought = {event.row: len(event.tokens) for event in events}
+    for s in sequences:
+        if s.mode == "verified":
+            groups.setdefault((id(s.controller), s.max_passes), []).append((s, brought[s.output.row]))
+    for (_, depth), group in groups.items():
+        if not depth and len(groups) > 1 and group[0][0].one_pass:
+            continue
+        tokens, seconds = (sum(values) / len(group) for values in zip(*((n, s.seconds) for s, n in group), strict=True))
+        group[0][0].controller.record(depth, tokens, max(s.accepted for s, _ in group), seconds)
+
+
 class Rounds:
     """Begins the rounds of sequences.
 
@@ -67,9 +84,13 @@ class Rounds:
     def begin(self, ready: Sequence[RunningSequence]) -> None:
         """Begins the next round of these sequences. In lockstep a round begins when all sequences are ready."""
         if not self.options.lockstep:
-            for sequence in ready:
-                if sequence.output.running:
-                    self._begin(sequence, self._room([sequence]))
+            running = [sequence for sequence in ready if sequence.output.running]
+            for sequence in running:
+                sequence.controller = sequence.controller.of_rows(len(self.scheduler.running))
+            shared = {id(s.controller): s.controller for s in running if s.mode == "verified"}
+            depths = {key: controller.choose_depth() for key, controller in shared.items()}
+            for sequence in running:  # those that share a controller have passes of one kind
+                self._begin(sequence, self._room([sequence]), depths.get(id(sequence.controller)))
             return
         self._ready += ready
         if len(self._ready) < len(self.scheduler.active):

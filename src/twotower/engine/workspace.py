@@ -12,7 +12,7 @@ import torch
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.auto_mode import ModeChooser
-from twotower.decoding.draft_controller import DraftController, round_up_to_power_of_two
+from twotower.decoding.draft_controller import DEPTHS, DraftController, DraftControllers
 from twotower.decoding.params import GenerationParams
 
 MAX_CONTROLLERS = 64
@@ -50,27 +50,31 @@ class Workspace:
 
     def __init__(self) -> None:
         self.mode_chooser = ModeChooser()
-        self._controllers: OrderedDict[tuple[int, int, int], DraftController] = OrderedDict()
+        self._controllers: OrderedDict[tuple[int, int, bool], DraftControllers] = OrderedDict()
         self._idle: list[TowerState] = []  # the last returned is last
         self._lent: WeakSet[TowerState] = WeakSet()  # borrowed since the last release: only these come back
         self._lock = threading.RLock()  # re-entrant: garbage collection may close a stream at any allocation
 
-    def draft_controller(self, params: GenerationParams, rows: int, longest: int) -> DraftController:
+    def draft_controller(
+        self, params: GenerationParams, rows: int, longest: int, one_pass: bool = False
+    ) -> DraftController:
         """The draft controller of a new sequence.
 
-        A fixed draft depth has a new controller. Other sequences share the controller of earlier sequences with a
-        similar number of rows (within a factor of 2) and of tokens (within a factor of 4). rows: sequences that run
-        together; longest: tokens of the longest text so far.
+        A fixed draft depth has a new controller. Other sequences share the controllers of earlier sequences with a
+        similar number of tokens (within a factor of 4), and if the denoiser is adapters (one_pass), with any number,
+        because rows of both kinds would share passes. rows: sequences that run together; longest: tokens of the
+        longest text so far.
         """
         if params.fixed_draft_depth is not None:
             return DraftController(params.fixed_draft_depth)
-        key = round_up_to_power_of_two(rows), params.block_size, longest.bit_length() // 2
+        depths = (0, 1) if one_pass else DEPTHS
+        key = params.block_size, 0 if one_pass else longest.bit_length() // 2, one_pass
         with self._lock:
-            controller = self._controllers.setdefault(key, DraftController())
+            group = self._controllers.setdefault(key, DraftControllers(depths))
             self._controllers.move_to_end(key)
             if len(self._controllers) > MAX_CONTROLLERS:
                 self._controllers.popitem(last=False)
-            return controller.begin_batch()
+            return group.of_rows(rows).begin(rows)
 
     def borrow_state(self, shape: StateShape, make: Callable[[], TowerState]) -> TowerState:
         """Returns an idle state of this shape, else a new one. The caller owns it until `return_state`."""
