@@ -62,13 +62,13 @@ def test_settings_that_differ_in_the_policy_value_are_one_series() -> None:
 
 
 def test_tables_and_picture_of_a_report(tmp_path: Path) -> None:
-    text = report_markdown(POINTS, ["measured on a slate"])
+    text = report_markdown(POINTS, ["measured on a slate"], "tiny")
     assert "| setting | sorting | overall | quality kept | tokens per pass | × AR |" in text
     front = [line.split(" | ")[0].strip("| `") for line in text.split("## ")[1].splitlines() if "| `" in line]
     assert front == ["ar", *(point.setting for point in pareto_front(POINTS[1:], lambda p: p.times_ar))]
     assert "| `diffusion:threshold=0.5` | 80.0 | 64.0 | 80.0% | 5.00 | 3.10 |" in text
     assert "| `diffusion:threshold=0.8` | 97.0% | 95.0% to 99.0% | 3.00 | 1.90 |" in text
-    assert text.startswith("# Quality and speed of settings\n\nmeasured on a slate\n")
+    assert text.startswith("# Quality and speed of settings: tiny\n\nmeasured on a slate\n")
     draw_report(POINTS, tmp_path / "report.png", "a title")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -80,6 +80,10 @@ def test_an_earlier_report_is_drawn_beside_a_new_one(tmp_path: Path) -> None:
     draw_report(POINTS, tmp_path / "alone.png", "a title")
     draw_report(POINTS, tmp_path / "both.png", "a title", (name, points))
     assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "both.png").read_bytes()
+    text = report_markdown(POINTS, [], "tiny", (name, points))
+    assert text.startswith(report_markdown(POINTS, [], "tiny"))
+    third = text.split("## before, from its own report")[1]
+    assert [line.split("`")[1] for line in third.splitlines() if "`" in line] == [point.setting for point in points]
     with pytest.raises(ArgumentError, match="no such file"):
         read_points(tmp_path / "missing.json")
     (tmp_path / "other.json").write_text('{"points": [1]}')

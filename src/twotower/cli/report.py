@@ -66,7 +66,7 @@ POINTS_FILE = "points.json"
     "--beside",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Folder of an earlier report, whose Pareto front is drawn too.",
+    help="Folder of an earlier report, whose Pareto front and settings are shown too.",
 )
 @models.dtype_option
 @models.quantization_option
@@ -169,5 +169,5 @@ def _write(
     pictures.draw_report(points, output / "report.png", f"{title}\n{description}; {place}", beside)
     version = " ".join(str(machine[name]) for name in ("twotower", "commit") if machine[name])
     notes = [f"{description}. {place}; torch {machine['torch']}, twotower {version}."]
-    (output / "report.md").write_text(pictures.report_markdown(points, notes), encoding="utf-8")
+    (output / "report.md").write_text(pictures.report_markdown(points, notes, name, beside), encoding="utf-8")
     return [str(output / name) for name in ("report.png", "report.md", POINTS_FILE)]

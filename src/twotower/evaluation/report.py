@@ -97,8 +97,13 @@ def _panel(
     axes.set(xlabel=label, ylim=(max(100 * MIN_QUALITY_DRAWN, lowest - 3), 103), xlim=(0, None))
 
 
-def report_markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
-    """The facts, and two tables: accuracy on each task on the Pareto front, and one line for every setting."""
+def report_markdown(
+    points: Sequence[Point], facts: Sequence[str], name: str, beside: tuple[str, Sequence[Point]] | None = None
+) -> str:
+    """The facts, and two tables: accuracy on each task on the Pareto front, and one line for every setting.
+
+    name: of the model. beside: the name and the points of another report, whose settings are a third table.
+    """
     ar = next(point for point in points if point.setting == "ar")
     best = [p for p in pareto_front(points, lambda p: p.times_ar) if p is not ar]
     names = [*(name for name in ar.accuracy if name != OVERALL), OVERALL]
@@ -106,14 +111,20 @@ def report_markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
     for p in (ar, *best):
         accuracy = [f"{100 * p.accuracy[name]:.1f}" for name in names]
         rows.append([f"`{p.setting}`", *accuracy, f"{p.kept[0]:.1%}", f"{p.tokens_per_pass:.2f}", f"{p.times_ar:.2f}"])
-    every = [["setting", "quality kept", "95 %", "tokens per pass", "× AR"], ["---", *["---:"] * 4]]
-    for p in points:
-        interval = "" if p is ar else f"{p.kept[1]:.1%} to {p.kept[2]:.1%}"
-        every.append([f"`{p.setting}`", f"{p.kept[0]:.1%}", interval, f"{p.tokens_per_pass:.2f}", f"{p.times_ar:.2f}"])
     notes = [textwrap.fill(fact, 120) for fact in facts]
-    parts = ["# Quality and speed of settings", *notes]
-    parts += ["## On the Pareto front", _table(rows), "## Every setting", _table(every)]
+    parts = [f"# Quality and speed of settings: {name}", *notes]
+    parts += ["## On the Pareto front", _table(rows), "## Every setting", _table(_every_setting(points))]
+    if beside is not None:
+        parts += [f"## {beside[0]}, from its own report", _table(_every_setting(beside[1]))]
     return "\n\n".join(parts) + "\n"
+
+
+def _every_setting(points: Sequence[Point]) -> list[list[str]]:
+    rows = [["setting", "quality kept", "95 %", "tokens per pass", "× AR"], ["---", *["---:"] * 4]]
+    for p in points:
+        interval = "" if p.setting == "ar" else f"{p.kept[1]:.1%} to {p.kept[2]:.1%}"
+        rows.append([f"`{p.setting}`", f"{p.kept[0]:.1%}", interval, f"{p.tokens_per_pass:.2f}", f"{p.times_ar:.2f}"])
+    return rows
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
