@@ -34,15 +34,16 @@ def can_run_in_lockstep(one: GenerationParams, other: GenerationParams) -> bool:
 def record_round(sequences: Sequence[RunningSequence], events: Sequence[BlockEvent]) -> None:
     """Tells the controllers of verified decoding what a pass has brought: the means of the sequences that share one.
 
-    AR steps do not count in a pass that checks drafts too, because most of its time is for these.
+    AR steps do not count in a pass that checks or makes drafts too, because most of its time is for these.
     """
     groups: dict[tuple[int, int], list[tuple[RunningSequence, int]]] = {}
     brought = {event.row: len(event.tokens) for event in events}
     for s in sequences:
         if s.mode == "verified":
             groups.setdefault((id(s.controller), s.max_passes), []).append((s, brought[s.output.row]))
+    drafts = any(s.one_pass and s.max_passes for s in sequences)
     for (_, depth), group in groups.items():
-        if not depth and len(groups) > 1 and group[0][0].one_pass:
+        if drafts and not depth:
             continue
         tokens, seconds = (sum(values) / len(group) for values in zip(*((n, s.seconds) for s, n in group), strict=True))
         group[0][0].controller.record(depth, tokens, max(s.accepted for s, _ in group), seconds)
