@@ -87,8 +87,7 @@ class CompiledPasses:
         if lent is None:
             return None
         sampled = scheduled[0].sampled
-        own = zip(scheduled, sequences, strict=True)
-        rows = [RowTokens(entry.tokens, entry.masks, s.keeps_draft, s.acceptance) for entry, s in own]
+        rows = [RowTokens(e.tokens, e.masks, e.sequence.keeps_draft, e.sequence.acceptance) for e in scheduled]
         started = time.perf_counter()
         chosen, sure, accepted = lent.own.read(rows, sampled)
         if sequences[0].one_pass and not any(sequence.phase is Phase.PROMPT for sequence in sequences):

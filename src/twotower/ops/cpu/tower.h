@@ -14,10 +14,10 @@ struct Tables {
 // The tokens that token_mask marks; null: all.
 inline RealTokens real_tokens(const PassOptions& s, const uint8_t* token_mask) {
     static thread_local std::vector<long> list;
-    list.clear();
-    for (long t = 0; token_mask && t < s.rows * s.L; t++)
-        if (token_mask[t]) list.push_back(t);
     if (!token_mask) return {s.rows * s.L};
+    list.clear();
+    for (long t = 0; t < s.rows * s.L; t++)
+        if (token_mask[t]) list.push_back(t);
     return {list, s.rows * s.L};
 }
 
